@@ -1,0 +1,1 @@
+"""ASystem: Megatron trains, vLLM rolls out, weights and versions stay in step."""

@@ -1,0 +1,1 @@
+"""C3PO++: token-budgeted rollouts for Megatron."""
