@@ -44,11 +44,6 @@ class C3POConfig:
         for name in ("max_retention", "max_restarts"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} = {getattr(self, name)}: must not be negative")
-        if self.group_size < 2:
-            raise ValueError(
-                f"group_size = {self.group_size}: must be at least 2, since the advantage compares "
-                "the members of a group"
-            )
         if self.pool_capacity % self.group_size:
             raise ValueError(
                 f"pool_capacity = {self.pool_capacity} with group_size = {self.group_size}: "
