@@ -154,10 +154,10 @@ def write_hf_checkpoint(
 
 
 def _copy_small_files(source: Path, target: Path) -> None:
+    suffixes = {".json", ".jinja", ".txt", ".model", ".py"}
     for path in source.iterdir():
-        if path.is_file() and path.suffix in {".json", ".jinja", ".txt", ".model", ".py"}:
-            if path.name != INDEX_FILE:
-                shutil.copyfile(path, target / path.name)
+        if path.is_file() and path.suffix in suffixes and path.name != INDEX_FILE:
+            shutil.copyfile(path, target / path.name)
 
 
 def _write_tensors(
