@@ -165,12 +165,15 @@ def test_discrepancy_adds_up_over_parts() -> None:
     assert summary["nonfinite_tokens"] == 1
 
 
-def test_no_token_at_all_summarizes_to_zero() -> None:
+def test_no_token_at_all_has_no_mean() -> None:
     empty = discrepancy_sums(
         torch.zeros(3), torch.zeros(3), icepop_weights(torch.zeros(3), torch.zeros(3)),
         torch.zeros(3, dtype=torch.bool),
     )  # fmt: skip
-    assert set(summarize_discrepancy(empty).values()) == {0.0}
+    assert empty == merge_discrepancy([]) == merge_discrepancy([empty, empty])
+    summary = summarize_discrepancy(empty)
+    assert summary.pop("nonfinite_tokens") == 0.0
+    assert all(math.isnan(value) for value in summary.values())
 
 
 def test_group_advantages_match_torch() -> None:

@@ -17,6 +17,19 @@ from icepop_core.mask import IcePopWeights
 
 _MINIMA = ("ratio_min",)
 _MAXIMA = ("ratio_max", "abs_diff_max")
+_SUMS = (
+    "tokens",
+    "low_tokens",
+    "high_tokens",
+    "nonfinite_tokens",
+    "ratio_sum",
+    "abs_diff_sum",
+    "kl_k1_sum",
+    "kl_k3_sum",
+)
+_NOTHING = (
+    dict.fromkeys(_SUMS, 0.0) | dict.fromkeys(_MINIMA, math.inf) | dict.fromkeys(_MAXIMA, -math.inf)
+)
 
 
 def discrepancy_sums(
@@ -53,29 +66,21 @@ def discrepancy_sums(
 
 
 def merge_discrepancy(parts: Iterable[dict[str, float]]) -> dict[str, float]:
-    """Add up what ``discrepancy_sums`` gave for disjoint tokens.
-
-    Raises:
-        ValueError: there is no part.
-    """
-    merged: dict[str, float] = {}
+    """Add up what ``discrepancy_sums`` gave for disjoint tokens; of no part: no token."""
+    merged = dict(_NOTHING)
     for part in parts:
         for name, value in part.items():
-            if name not in merged:
-                merged[name] = value
-            elif name in _MINIMA:
+            if name in _MINIMA:
                 merged[name] = min(merged[name], value)
             elif name in _MAXIMA:
                 merged[name] = max(merged[name], value)
             else:
                 merged[name] += value
-    if not merged:
-        raise ValueError("merge_discrepancy needs at least one part, got none")
     return merged
 
 
 def summarize_discrepancy(sums: dict[str, float]) -> dict[str, float]:
-    """Shares and means for a log; all 0 when no token was there.
+    """Shares and means for a log; nan where there is no token to speak of.
 
     Returns:
         ``masked_fraction`` (of all tokens), ``masked_low_fraction``, ``masked_high_fraction``,
@@ -86,18 +91,18 @@ def summarize_discrepancy(sums: dict[str, float]) -> dict[str, float]:
     masked = sums["low_tokens"] + sums["high_tokens"] + sums["nonfinite_tokens"]
 
     def per(name: str, count: float) -> float:
-        return sums[name] / count if count else 0.0
+        return sums[name] / count if count else math.nan
 
     return {
-        "masked_fraction": masked / tokens if tokens else 0.0,
+        "masked_fraction": masked / tokens if tokens else math.nan,
         "masked_low_fraction": per("low_tokens", tokens),
         "masked_high_fraction": per("high_tokens", tokens),
         "nonfinite_tokens": sums["nonfinite_tokens"],
-        "ratio_min": sums["ratio_min"] if finite else 0.0,
+        "ratio_min": sums["ratio_min"] if finite else math.nan,
         "ratio_mean": per("ratio_sum", finite),
-        "ratio_max": sums["ratio_max"] if finite else 0.0,
+        "ratio_max": sums["ratio_max"] if finite else math.nan,
         "logprob_diff_mean": per("abs_diff_sum", finite),
-        "logprob_diff_max": sums["abs_diff_max"] if finite else 0.0,
+        "logprob_diff_max": sums["abs_diff_max"] if finite else math.nan,
         "kl_k1": per("kl_k1_sum", finite),
         "kl_k3": per("kl_k3_sum", finite),
     }
