@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import save_file
+
 from asystem_bridge.weights.architecture import Architecture
 from asystem_bridge.weights.layout import hf_tensor_shapes
-from safetensors.torch import save_file
 
 _COMMON: dict[str, Any] = {
     "vocab_size": 128,

@@ -20,12 +20,12 @@ from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from megatron.core.transformer.transformer_config import TransformerConfig
-from megatron_c3po.thd_attention import ThdSdpaAttention
 
 from asystem_bridge.errors import ConfigError, ModelError
 from asystem_bridge.weights.architecture import Architecture, MoeArchitecture
 from asystem_bridge.weights.hf_checkpoint import HfCheckpoint
 from asystem_bridge.weights.layout import Box, Shard, hf_tensor_shapes, parameter_boxes
+from megatron_c3po.thd_attention import ThdSdpaAttention
 
 
 def initialize_parallel(*, tensor_parallel_size: int, seed: int) -> None:

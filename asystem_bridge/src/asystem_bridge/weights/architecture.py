@@ -165,6 +165,11 @@ class Architecture:
             )
 
     def _check(self) -> None:
+        if self.moe is not None and self.moe.experts_per_token < 2:
+            raise ModelError(
+                f"num_experts_per_tok = {self.moe.experts_per_token}: must be at least 2, since "
+                "Megatron-core and the engines weight a single expert differently"
+            )
         if self.num_attention_heads % self.num_key_value_heads:
             raise ModelError(
                 f"num_attention_heads = {self.num_attention_heads}, num_key_value_heads = "

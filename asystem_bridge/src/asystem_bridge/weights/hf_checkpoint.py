@@ -98,7 +98,7 @@ class HfCheckpoint:
 
     def _open(self, path: Path) -> None:
         try:
-            file = safe_open(path, framework="pt")
+            file: Any = safe_open(path, framework="pt")
         except (SafetensorError, OSError) as error:
             raise ModelError(f"{path} cannot be read: {error}") from None
         for name in file.keys():  # noqa: SIM118  a safetensors file is no mapping

@@ -71,6 +71,9 @@ class ThdSdpaAttention(MegatronModule):
 
         Returns:
             (T, H * D) or (S, B, H * D).
+
+        Raises:
+            ValueError: the packed sequences are not the whole row, or a bias was given.
         """
         if attention_bias is not None:
             raise ValueError("attention_bias is not supported")
@@ -79,6 +82,11 @@ class ThdSdpaAttention(MegatronModule):
             output = self._attend(*(x.permute(1, 2, 0, 3) for x in (query, key, value)))
             return output.permute(2, 0, 1, 3).flatten(2)
         bounds = packed_seq_params.cu_seqlens_q.tolist()
+        if bounds[0] != 0 or bounds[-1] != query.shape[0]:
+            raise ValueError(
+                f"cu_seqlens_q runs from {bounds[0]} to {bounds[-1]}, the row has "
+                f"{query.shape[0]} tokens: every token must belong to a sequence"
+            )
         outputs = [
             # (segment, H, D) -> (1, H, segment, D)
             self._attend(*(x[start:end].transpose(0, 1)[None] for x in (query, key, value)))[0]
