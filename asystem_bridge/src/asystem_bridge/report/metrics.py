@@ -1,9 +1,9 @@
 """The figures of one iteration, under the names that the metrics file, TensorBoard and plots use.
 
-The quantities are those that the Ring-1T report plots for IcePop (figures 5 and 13: gradient norm,
-|log p_train - log p_infer|, KL(infer || train), share masked, reward) and those that make C3PO++
-(section 2.3.3) visible: the token budget, resumed and purged rollouts, retention.  Left out: the
-entropy of masked tokens.
+The quantities are those that the Ring-1T report (section 2.3) plots for IcePop: gradient norm,
+|log p_train - log p_infer|, KL(infer || train), share masked, reward; and those that make C3PO++
+visible: the token budget, resumed and purged rollouts, retention.  Left out: the entropy of masked
+tokens.
 """
 
 from __future__ import annotations
@@ -18,6 +18,9 @@ from typing import Any
 
 PHASES = ("rollout", "reward", "train", "publish", "update", "canary", "checkpoint")
 """The parts of an iteration, in the order in which they run."""
+
+FAILURE_DISCREPANCY = 0.05
+"""A mean |log p_train - log p_infer| above it preceded failures (Ring-1T report, section 2.3)."""
 
 
 @dataclass(frozen=True, kw_only=True)

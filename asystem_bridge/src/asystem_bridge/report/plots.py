@@ -1,4 +1,4 @@
-"""The report's pictures, after those of the Ring-1T report (figures 5 and 13) and C3PO++ (2.3.3).
+"""The report's pictures: what the Ring-1T report plots for IcePop and C3PO++ (section 2.3).
 
 Each ``*_figure`` takes the records of a run, one or more, and returns a matplotlib figure; only
 ``save_plots`` writes files.  No pyplot: nothing here touches a display or global state.
@@ -19,11 +19,8 @@ from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 from numpy.typing import NDArray
 
-from asystem_bridge.report.metrics import PHASES, StepRecord
+from asystem_bridge.report.metrics import FAILURE_DISCREPANCY, PHASES, StepRecord
 from asystem_bridge.report.units import format_count
-
-FAILURE_DISCREPANCY = 0.05
-"""Ring-1T section 2.3.2: a mean discrepancy above it precedes failure."""
 
 # Okabe and Ito's palette: told apart with every kind of colour blindness.
 BLUE, ORANGE, GREEN, PINK = "#0072B2", "#E69F00", "#009E73", "#CC79A7"
