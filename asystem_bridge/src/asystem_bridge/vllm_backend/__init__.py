@@ -1,0 +1,1 @@
+"""vLLM's side: a weight-transfer backend named ``asystem``, and the engine that rolls out."""
