@@ -50,7 +50,7 @@ COLUMNS = (
     Column(group="", name="reward", width=7, value=lambda r: f"{r.reward_mean:.3f}"),
     Column(group="", name="loss", width=8, value=lambda r: format_small(r.loss), rank=1),
     Column(
-        group="masked", name="‰", width=6, value=lambda r: f"{1000 * r.masked_fraction:.2f}",
+        group="masked", name="‰", width=7, value=lambda r: f"{1000 * r.masked_fraction:.2f}",
     ),
     Column(
         group="|dlogp| (nats)", name="mean", width=7,
