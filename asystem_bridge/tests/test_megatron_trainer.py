@@ -1,0 +1,499 @@
+"""The trainer's processes, driven as the controller drives them, against plain torch in float64.
+
+One scenario is played by every process group (one process, TP2, DP2); its tests then compare what
+came back with a naive model, with each other and with the files on disk.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+import os
+import resource
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from bailing_reference import bailing_logits
+from safetensors.torch import load_file
+from tiny_checkpoints import write_tiny_checkpoint
+from torch import Tensor
+
+from asystem_bridge.errors import WorkerError
+from asystem_bridge.runtime.worker_client import WorkerClient, call_all, call_each
+from asystem_bridge.trainer.options import TrainerOptions
+from asystem_bridge.weights.architecture import Architecture
+from asystem_bridge.weights.layout import hf_tensor_shapes
+from asystem_bridge.weights.segment import SegmentLayout, WeightSegment
+from megatron_c3po.packing import plan_rows
+from megatron_c3po.rollout import Rollout
+
+pytestmark = pytest.mark.megatron
+
+ROW_TOKENS = 48
+# AdamW's first update is g / (|g| + eps): a large eps keeps it a smooth function of the gradient,
+# so that rounding in tiny gradients does not decide about whole steps.
+ADAM_EPS = 1e-2
+LEARNING_RATE = 1e-2
+CLIP_GRAD = 0.05
+OPTIONS = {
+    "learning_rate": LEARNING_RATE,
+    "adam_eps": ADAM_EPS,
+    "clip_grad": CLIP_GRAD,
+    "row_tokens": ROW_TOKENS,
+    "distributed_timeout_s": 60.0,
+}
+WORKER_ENVIRONMENT = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+
+
+class TrainerGroup:
+    """The trainer processes of one test run and a segment for their weights."""
+
+    def __init__(self, directory: Path, checkpoint_dir: Path, tp: int, dp: int) -> None:
+        directory.mkdir()
+        self.dp, self.tp = dp, tp
+        self.options = TrainerOptions(
+            checkpoint_dir=checkpoint_dir,
+            tensor_parallel_size=tp,
+            data_parallel_size=dp,
+            **OPTIONS,
+        )
+        self.workers = [
+            WorkerClient(
+                "asystem_bridge.trainer.worker:MegatronTrainer",
+                name=f"trainer {rank}",
+                log_path=directory / f"trainer{rank}.log",
+                environment=WORKER_ENVIRONMENT,
+            )
+            for rank in range(self.options.world_size)
+        ]
+        self.segment: WeightSegment | None = None
+        self._rendezvous = f"file://{directory}/rendezvous"
+
+    def setup(self) -> list[dict[str, Any]]:
+        """Wait for the processes, which start while others are at work, and set them up."""
+        for worker in self.workers:
+            worker.wait_started()
+        return call_each(
+            self.workers,
+            "setup",
+            [(self.options, rank, self._rendezvous) for rank in range(len(self.workers))],
+        )
+
+    def train(self, rollouts: Sequence[Rollout], *mode: Any) -> list[dict[str, Any]]:
+        lengths = [rollout.total_tokens for rollout in rollouts]
+        plan = plan_rows(lengths, row_tokens=ROW_TOKENS, dp_size=self.dp)
+        rows = [[[rollouts[i] for i in row] for row in rank] for rank in plan]
+        return call_each(
+            self.workers,
+            "train",
+            [(rows[rank // self.tp], *mode) for rank in range(len(self.workers))],
+        )
+
+    def published(self, dtype: torch.dtype = torch.float32) -> tuple[dict[str, Tensor], int]:
+        """The weights as an engine would read them, and the bytes that were written."""
+        architecture = Architecture.from_checkpoint(self.options.checkpoint_dir)
+        if self.segment is None or self.segment.layout.entries[0].dtype_name not in str(dtype):
+            shapes = hf_tensor_shapes(architecture)
+            layout = SegmentLayout.from_tensors({n: (s, dtype) for n, s in shapes.items()})
+            if self.segment is not None:
+                self.segment.close()
+            self.segment = WeightSegment.create(layout)
+            call_all(self.workers, "attach_segment", self.segment.path, layout.to_state())
+        written = sum(result["bytes"] for result in call_all(self.workers, "publish"))
+        return {name: view.clone() for name, view in self.segment.views.items()}, written
+
+    def close(self) -> None:
+        for worker in self.workers:
+            worker.close()
+        if self.segment is not None:
+            self.segment.close()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Played:
+    """What a group gave back in ``play``."""
+
+    setup: list[dict[str, Any]]
+    logprobs: list[list[list[float]]]
+    initial: dict[str, Tensor]
+    initial_bfloat16: dict[str, Tensor]
+    initial_bytes: int
+    first: list[dict[str, Any]]
+    after_first: dict[str, Tensor]
+    saved: Path
+    second: list[dict[str, Any]]
+    after_second: dict[str, Tensor]
+    again: list[dict[str, Any]]
+    after_again: dict[str, Tensor]
+
+
+def play(group: TrainerGroup, directory: Path, rollouts: list[Rollout]) -> Played:
+    """Two IcePop steps with a checkpoint between them; then back and the second step again."""
+    setup = group.setup()
+    initial_bfloat16, _ = group.published(torch.bfloat16)
+    initial, initial_bytes = group.published()
+    sequences = [rollout.prompt_ids + rollout.token_ids for rollout in rollouts]
+    logprobs = call_all(group.workers, "logprobs", sequences)
+
+    first = group.train(rollouts)
+    after_first, _ = group.published()
+    saved = directory / "checkpoint"
+    saved.mkdir()
+    call_all(group.workers, "save", saved)
+    second = group.train(rollouts)
+    after_second, _ = group.published()
+
+    call_all(group.workers, "load", saved)
+    again = group.train(rollouts)
+    after_again, _ = group.published()
+    return Played(
+        setup=setup,
+        logprobs=logprobs,
+        initial=initial,
+        initial_bfloat16=initial_bfloat16,
+        initial_bytes=initial_bytes,
+        first=first,
+        after_first=after_first,
+        saved=saved,
+        second=second,
+        after_second=after_second,
+        again=again,
+        after_again=after_again,
+    )
+
+
+# --- the naive model ------------------------------------------------------------------------------
+
+
+def naive_logits(checkpoint_dir: Path) -> tuple[dict[str, Tensor], Callable[[Tensor], Tensor]]:
+    """float64 weights under their HF names, and a differentiable model [B, T] -> [B, T, V]."""
+    stored = load_file(checkpoint_dir / "model.safetensors")
+    weights = {name: tensor.double().requires_grad_() for name, tensor in stored.items()}
+    config = json.loads((checkpoint_dir / "config.json").read_text())
+    if config["architectures"] == ["BailingMoeV2ForCausalLM"]:
+        return weights, lambda ids: bailing_logits(weights, config, ids)
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(checkpoint_dir, dtype=torch.float64)
+
+    def logits(ids: Tensor) -> Tensor:
+        return torch.func.functional_call(model, weights, (ids,)).logits
+
+    return weights, logits
+
+
+def naive_logprobs(logits: Callable[[Tensor], Tensor], sequence: list[int]) -> Tensor:
+    """log p of tokens 1..n-1, float64."""
+    ids = torch.tensor([sequence])
+    return logits(ids)[0, :-1].log_softmax(-1).gather(-1, ids[0, 1:, None])[:, 0]
+
+
+def naive_loss(logits: Callable[[Tensor], Tensor], rollouts: list[Rollout]) -> Tensor:
+    """Eq. 1 negated, one sequence and one token at a time."""
+    loss = torch.zeros((), dtype=torch.float64)
+    for rollout in rollouts:
+        logprobs = naive_logprobs(logits, rollout.prompt_ids + rollout.token_ids)
+        sampled = logprobs[len(rollout.prompt_ids) - 1 :]
+        for logprob, infer in zip(sampled, rollout.logprobs, strict=True):
+            k = math.exp(float(logprob.detach()) - infer)
+            weight = k if 0.5 <= k <= 5.0 else 0.0
+            ratio = torch.exp(logprob - logprob.detach())
+            term = weight * ratio * rollout.advantage
+            loss = loss - term / len(rollout.token_ids) / len(rollouts)
+    return loss
+
+
+@dataclass(frozen=True, kw_only=True)
+class Naive:
+    """The naive model's first step."""
+
+    logprobs: list[Tensor]
+    loss: float
+    grad_norm: float
+    after_first: dict[str, Tensor]
+
+
+def naive_step(checkpoint_dir: Path, rollouts: list[Rollout]) -> Naive:
+    weights, logits = naive_logits(checkpoint_dir)
+    trained = {n: w for n, w in weights.items() if not n.endswith("expert_bias")}
+    logprobs = [naive_logprobs(logits, r.prompt_ids + r.token_ids).detach() for r in rollouts]
+    loss = naive_loss(logits, rollouts)
+    loss.backward()
+    # Megatron counts an expert that got no token as a gradient of zeros: AdamW sees it too.
+    for weight in trained.values():
+        if weight.grad is None:
+            weight.grad = torch.zeros_like(weight)
+    grad_norm = math.sqrt(sum(float(w.grad.pow(2).sum()) for w in trained.values()))
+    for weight in trained.values():
+        weight.grad.mul_(min(1.0, CLIP_GRAD / (grad_norm + 1e-6)))
+    torch.optim.AdamW(
+        list(trained.values()), lr=LEARNING_RATE, betas=(0.9, 0.999), eps=ADAM_EPS, weight_decay=0.0
+    ).step()
+    after_first = {name: weight.detach() for name, weight in weights.items()}
+    return Naive(
+        logprobs=logprobs, loss=float(loss.detach()), grad_norm=grad_norm, after_first=after_first
+    )
+
+
+def make_rollouts(checkpoint_dir: Path) -> list[Rollout]:
+    """Two groups of three; the engine's log-probs are off, some by more than the band allows."""
+    _, logits = naive_logits(checkpoint_dir)
+    generator = torch.Generator().manual_seed(3)
+    offsets = [0.0, 0.3, -0.4, math.log(2.5), -0.1, -math.log(6.0), 0.05]
+    rollouts = []
+    for i, (length, advantage) in enumerate(
+        zip([9, 4, 13, 6, 1, 22], [1.1, -0.8, -0.3, 0.9, -1.2, 0.3], strict=True)
+    ):
+        prompt = torch.randint(4, 120, (3 + i // 3,), generator=generator).tolist()
+        sampled = torch.randint(4, 120, (length,), generator=generator).tolist()
+        with torch.no_grad():
+            logprobs = naive_logprobs(logits, prompt + sampled)[len(prompt) - 1 :]
+        rollouts.append(
+            Rollout(
+                uid=f"{i // 3}/{i % 3}",
+                group_uid=str(i // 3),
+                prompt_ids=prompt,
+                max_new_tokens=32,
+                token_ids=sampled,
+                logprobs=[
+                    float(logprob) + offsets[(i + t) % len(offsets)]
+                    for t, logprob in enumerate(logprobs)
+                ],
+                versions=[0] * length,
+                finish_reason="stop",
+                advantage=advantage,
+            )
+        )
+    return rollouts
+
+
+# --- the runs -------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """A checkpoint, its rollouts, the naive step, and the groups that played them."""
+
+    checkpoint_dir: Path
+    rollouts: list[Rollout]
+    naive: Naive
+    played: dict[str, Played]
+    single: TrainerGroup
+
+
+SIZES = {"single": (1, 1), "tp2": (2, 1), "dp2": (1, 2)}
+
+
+@pytest.fixture(scope="module", params=["qwen3", "bailing_moe_v2"])
+def run(request: pytest.FixtureRequest, tmp_path_factory: Any) -> Iterator[Run]:
+    directory = tmp_path_factory.mktemp(request.param)
+    checkpoint_dir = write_tiny_checkpoint(directory / "model", request.param)
+    rollouts = make_rollouts(checkpoint_dir)
+    groups = {
+        name: TrainerGroup(directory / name, checkpoint_dir, tp, dp)
+        for name, (tp, dp) in SIZES.items()
+    }
+    try:
+        naive = naive_step(checkpoint_dir, rollouts)
+        played = {name: play(group, directory / name, rollouts) for name, group in groups.items()}
+        for name in ("tp2", "dp2"):
+            groups[name].close()
+        yield Run(
+            checkpoint_dir=checkpoint_dir,
+            rollouts=rollouts,
+            naive=naive,
+            played=played,
+            single=groups["single"],
+        )
+    finally:
+        for group in groups.values():
+            group.close()
+
+
+def assert_same_weights(ours: dict[str, Tensor], expected: dict[str, Tensor], atol: float) -> None:
+    assert ours.keys() == expected.keys()
+    for name in ours:
+        torch.testing.assert_close(
+            ours[name].double(), expected[name].double(), rtol=0, atol=atol,
+            msg=lambda text, name=name: f"{name}: {text}",
+        )  # fmt: skip
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_starts_with_the_checkpoints_weights(run: Run, size: str) -> None:
+    played = run.played[size]
+    stored = load_file(run.checkpoint_dir / "model.safetensors")
+    assert all(setup["logits_max_abs_diff"] < 1e-4 for setup in played.setup)
+    for rank_logprobs in played.logprobs:
+        for ours, naive in zip(rank_logprobs, run.naive.logprobs, strict=True):
+            torch.testing.assert_close(
+                torch.tensor(ours, dtype=torch.float64), naive, rtol=0, atol=2e-5
+            )
+    assert played.initial.keys() == stored.keys()
+    assert all(torch.equal(played.initial[name], stored[name]) for name in stored)
+    for name, tensor in played.initial_bfloat16.items():
+        assert torch.equal(tensor, stored[name].bfloat16()), name
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_every_byte_is_published_once(run: Run, size: str) -> None:
+    played = run.played[size]
+    assert played.initial_bytes == sum(tensor.nbytes for tensor in played.initial.values())
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_one_step_equals_the_naive_one(run: Run, size: str) -> None:
+    played, naive = run.played[size], run.naive
+    masked = sum(result["discrepancy"]["low_tokens"] for result in played.first[:: SIZES[size][0]])
+    assert masked > 0
+    assert naive.grad_norm > CLIP_GRAD, "the step must be a clipped one"
+    for result in played.first:
+        assert result["step"] == 1
+        assert result["loss"] == pytest.approx(naive.loss, rel=1e-5)
+        assert result["grad_norm"] == pytest.approx(naive.grad_norm, rel=1e-5)
+    moved = max(
+        float((naive.after_first[name] - tensor.double()).abs().max())
+        for name, tensor in played.initial.items()
+    )
+    assert moved > 1e-3
+    assert_same_weights(played.after_first, naive.after_first, atol=1e-6)
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_data_parallel_ranks_share_the_tokens(run: Run, size: str) -> None:
+    tp, dp = SIZES[size]
+    per_dp_rank = [result["tokens"] for result in run.played[size].first[::tp]]
+    assert len(per_dp_rank) == dp
+    assert all(tokens > 0 for tokens in per_dp_rank)
+    assert sum(per_dp_rank) == sum(len(rollout.token_ids) for rollout in run.rollouts)
+    per_dp_rank = [result["discrepancy"]["tokens"] for result in run.played[size].first[::tp]]
+    assert sum(per_dp_rank) == sum(len(rollout.token_ids) for rollout in run.rollouts)
+
+
+@pytest.mark.parametrize("size", ["tp2", "dp2"])
+def test_two_processes_equal_one(run: Run, size: str) -> None:
+    one, two = run.played["single"], run.played[size]
+    for step_of_one, step_of_two in ((one.first, two.first), (one.second, two.second)):
+        assert step_of_two[0]["loss"] == pytest.approx(step_of_one[0]["loss"], rel=1e-5)
+        assert step_of_two[0]["grad_norm"] == pytest.approx(step_of_one[0]["grad_norm"], rel=1e-5)
+        assert step_of_two[0]["loss"] == step_of_two[1]["loss"]
+    assert_same_weights(two.after_second, one.after_second, atol=1e-5)
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_a_loaded_checkpoint_continues_bit_for_bit(run: Run, size: str) -> None:
+    played = run.played[size]
+    for key in ("step", "loss", "grad_norm", "discrepancy"):
+        assert [r[key] for r in played.again] == [r[key] for r in played.second]
+    assert played.again[0]["step"] == 2
+    for name, tensor in played.after_second.items():
+        assert torch.equal(played.after_again[name], tensor), name
+
+
+@pytest.mark.parametrize("written_by", ["tp2", "dp2"])
+def test_a_checkpoint_of_two_processes_is_read_by_one(run: Run, written_by: str) -> None:
+    other = run.played[written_by]
+    assert call_all(run.single.workers, "load", other.saved) == [{"step": 1}]
+    loaded, _ = run.single.published()
+    for name, tensor in other.after_first.items():
+        assert torch.equal(loaded[name], tensor), name
+    [second] = run.single.train(run.rollouts)
+    assert second["loss"] == pytest.approx(other.second[0]["loss"], rel=1e-5)
+    after_second, _ = run.single.published()
+    assert_same_weights(after_second, other.after_second, atol=1e-5)
+
+
+def test_a_new_process_group_continues_a_checkpoint_of_one(run: Run, tmp_path: Path) -> None:
+    """TP2 from a single process's checkpoint, and in processes that never trained before."""
+    if "qwen3" not in str(run.checkpoint_dir):
+        pytest.skip("one family is enough: the state is the same kind")
+    single = run.played["single"]
+    group = TrainerGroup(tmp_path / "resumed", run.checkpoint_dir, 2, 1)
+    try:
+        group.setup()
+        assert call_all(group.workers, "load", single.saved) == [{"step": 1}] * 2
+        loaded, _ = group.published()
+        for name, tensor in single.after_first.items():
+            assert torch.equal(loaded[name], tensor), name
+        second = group.train(run.rollouts)
+        assert second[0]["loss"] == pytest.approx(single.second[0]["loss"], rel=1e-5)
+        after_second, _ = group.published()
+        assert_same_weights(after_second, single.after_second, atol=1e-5)
+        # And what this layout wrote itself continues exactly.
+        tp2 = run.played["tp2"]
+        call_all(group.workers, "load", tp2.saved)
+        assert [r["grad_norm"] for r in group.train(run.rollouts)] == [
+            r["grad_norm"] for r in tp2.second
+        ]
+        after_second, _ = group.published()
+        for name, tensor in tp2.after_second.items():
+            assert torch.equal(after_second[name], tensor), name
+    finally:
+        group.close()
+
+
+def test_supervised_steps_teach_the_answers(run: Run) -> None:
+    call_all(run.single.workers, "reset_optimizer")
+    results = [run.single.train(run.rollouts, "supervised", 3e-2)[0] for _ in range(6)]
+    losses = [result["loss"] for result in results]
+    assert results[0]["step"] == 1
+    assert results[0]["discrepancy"] == {}
+    assert results[0]["learning_rate"] == 3e-2
+    assert all(later < earlier for earlier, later in itertools.pairwise(losses))
+
+
+def test_an_incomplete_rollout_is_refused(run: Run) -> None:
+    bad = Rollout(uid="9/0", group_uid="9", prompt_ids=[5], max_new_tokens=4, token_ids=[6],
+                  logprobs=[-1.0], versions=[0])  # fmt: skip
+    with pytest.raises(WorkerError, match="9/0: no advantage"):
+        run.single.train([bad])
+
+
+def test_a_full_disk_is_a_checkpoint_error_and_training_can_go_on(run: Run, tmp_path: Path) -> None:
+    """A limit on the size of files makes writes fail as a full disk does."""
+    directory = tmp_path / "checkpoint"
+    directory.mkdir()
+    [worker] = run.single.workers
+    log_bytes = worker.log_path.stat().st_size
+    unlimited = resource.prlimit(worker.pid, resource.RLIMIT_FSIZE)
+    resource.prlimit(worker.pid, resource.RLIMIT_FSIZE, (log_bytes + 65536, unlimited[1]))
+    try:
+        with pytest.raises(WorkerError, match="CheckpointError: cannot write the checkpoint"):
+            worker.call("save", directory)
+    finally:
+        resource.prlimit(worker.pid, resource.RLIMIT_FSIZE, unlimited)
+    other = tmp_path / "other"
+    other.mkdir()
+    assert worker.call("save", other)["bytes"] == sum(p.stat().st_size for p in other.iterdir())
+
+
+def test_no_helper_process_is_left_by_a_save(run: Run) -> None:
+    [worker] = run.single.workers
+    children = Path(f"/proc/{worker.pid}/task/{worker.pid}/children").read_text()
+    assert children == ""
+
+
+@pytest.mark.parametrize("damage", ["missing", "cut"])
+def test_a_damaged_checkpoint_is_refused(run: Run, tmp_path: Path, damage: str) -> None:
+    directory = tmp_path / "damaged"
+    if damage == "cut":
+        directory.mkdir()
+        for path in run.played["single"].saved.iterdir():
+            content = path.read_bytes()
+            cut = len(content) // 2 if path.suffix == ".distcp" else len(content)
+            (directory / path.name).write_bytes(content[:cut])
+    [worker] = run.single.workers
+    with pytest.raises(WorkerError, match="CheckpointError: cannot read the checkpoint"):
+        worker.call("load", directory)
+
+
+def test_save_needs_an_empty_folder(run: Run) -> None:
+    [worker] = run.single.workers
+    with pytest.raises(WorkerError, match="existing empty folder"):
+        worker.call("save", run.played["single"].saved)
+    assert os.path.isdir(run.played["single"].saved)
