@@ -123,7 +123,7 @@ def _save_config(reader: GGUFReader, folder: Path) -> None:
         **special_ids,
     ).save_pretrained(folder)
     # No sampling defaults: whoever samples says how.
-    GenerationConfig(**special_ids).save_pretrained(folder)
+    GenerationConfig(**special_ids).save_pretrained(folder)  # type: ignore[no-untyped-call]
 
 
 def _save_tokenizer(reader: GGUFReader, folder: Path) -> None:
@@ -157,7 +157,7 @@ def _save_tokenizer(reader: GGUFReader, folder: Path) -> None:
             if token_type == TokenType.CONTROL
         ]
     )
-    PreTrainedTokenizerFast(
+    PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]
         tokenizer_object=tokenizer,
         bos_token=tokens[_metadata(reader, "tokenizer.ggml.bos_token_id")],
         eos_token=tokens[_metadata(reader, "tokenizer.ggml.eos_token_id")],
