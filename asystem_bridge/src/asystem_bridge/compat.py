@@ -71,6 +71,18 @@ def reset_moe_kernels(model: torch.nn.Module) -> None:
             quant_method.moe_kernel = None  # type: ignore[union-attr]
 
 
+def chunked_prefill() -> bool | None:
+    """Whether a prompt may be split over steps; ``None`` leaves it to vLLM.
+
+    On a CPU it may not: the model runner rewinds the generator of a seeded request whose prompt is
+    unfinished (``_bookkeeping_sync``: ``set_offset(get_offset() - 4)``), which only CUDA generators
+    can do, so the engine dies.  Seen in 0.31.  Remove when it asks for the device first.
+    """
+    from vllm.platforms import current_platform
+
+    return False if current_platform.is_cpu() else None
+
+
 def begin_layerwise_reload(model: torch.nn.Module) -> None:
     """Make ``model.load_weights`` collect tensors and process each layer when it is complete.
 
@@ -92,7 +104,7 @@ def end_layerwise_reload(model: torch.nn.Module, model_config: Any) -> None:
     from vllm.model_executor.model_loader.reload import finalize_layerwise_reload
     from vllm.platforms import current_platform
 
-    finalize_layerwise_reload(model, model_config)
+    finalize_layerwise_reload(model, model_config)  # type: ignore[no-untyped-call]
     head = getattr(model, "lm_head", None)
     quant_method = getattr(head, "quant_method", None)
     if current_platform.is_cpu() and quant_method is not None and _is_tied(model, head):

@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
@@ -169,7 +170,7 @@ def load_config(text: str, *, origin: str, overrides: dict[str, dict[str, Any]])
     fields = {f.name: f for f in dataclasses.fields(LoopConfig)}
     _refuse_unknown(table, set(fields), origin)
     model = _section(ModelConfig, table, "model", origin)
-    checkpoint = {"checkpoint_dir": Path(model.checkpoint)}
+    checkpoint = {"checkpoint_dir": model.checkpoint}
     given = {
         "name": table.get("name", Path(origin).stem),
         "model": model,
@@ -204,7 +205,8 @@ def _section(
     allowed = {f.name for f in dataclasses.fields(kind)} - supplied.keys()  # type: ignore[arg-type]
     _refuse_unknown(values, allowed, f"{origin}: [{name}]")
     try:
-        return TypeAdapter(kind).validate_python({**values, **supplied}, strict=True)
+        # Through JSON, since pydantic's strict mode makes a dataclass from nothing else.
+        return TypeAdapter(kind).validate_json(json.dumps({**values, **supplied}), strict=True)
     except ValidationError as error:
         problems = []
         for detail in error.errors():

@@ -19,7 +19,7 @@ from asystem_bridge.controller import canary
 from asystem_bridge.controller.fleet import Fleet
 from asystem_bridge.controller.rewards import RewardSummary, score_groups
 from asystem_bridge.controller.run_directory import RunDirectory
-from asystem_bridge.controller.teach import teach
+from asystem_bridge.controller.teach import FIRST_TAUGHT_QUESTION, teach
 from asystem_bridge.controller.trainer_group import TrainResult
 from asystem_bridge.errors import CheckpointError
 from asystem_bridge.report.metrics import StepRecord
@@ -104,7 +104,11 @@ class AsystemLoop:
                 self._restore(last_step)
             elif self.config.teach.steps:
                 teach(
-                    self.config.teach, self.task, self.tokenizer, self.fleet.trainer, self.progress
+                    self.config.teach,
+                    self._prompt_source(start=FIRST_TAUGHT_QUESTION),
+                    self.tokenizer,
+                    self.fleet.trainer,
+                    self.progress,
                 )
                 self.sync(0)
                 if self.config.run.checkpoint_every_steps:
@@ -116,6 +120,7 @@ class AsystemLoop:
                     break
                 metrics.append(record)
                 self.progress.step(record)
+                self._phase_s.clear()
                 every = self.config.run.checkpoint_every_steps
                 if every and (step % every == 0 or step == self.config.run.steps):
                     with self._phase("checkpoint"):
@@ -153,8 +158,8 @@ class AsystemLoop:
         return difference
 
     def _step(self, step: int) -> StepRecord | None:
-        checkpoint_s = self._phase_s.get("checkpoint")  # of the step before: it ended after it
-        self._phase_s = {} if checkpoint_s is None else {"checkpoint": checkpoint_s}
+        # A checkpoint is written after its step's record, so its time is in the next one.
+        self._phase_s = {k: v for k, v in self._phase_s.items() if k == "checkpoint"}
         with self._phase("rollout", total=self.config.c3po.token_budget, unit="tokens"):
             groups, stats = self.pool.collect(self.version, self._show_rollout())
         if not groups and self.pool.exhausted:
@@ -255,9 +260,12 @@ class AsystemLoop:
             keep=self.config.run.keep_checkpoints,
         )
 
-    def _prompt_source(self) -> TaskPromptSource:
+    def _prompt_source(self, start: int = 0) -> TaskPromptSource:
         return TaskPromptSource(
-            self.task, self.tokenizer, max_prompt_tokens=self.config.task.max_prompt_tokens
+            self.task,
+            self.tokenizer,
+            max_prompt_tokens=self.config.task.max_prompt_tokens,
+            start=start,
         )
 
     def _decode(self, token_ids: list[int]) -> str:

@@ -7,6 +7,8 @@ import os
 from pathlib import Path
 from typing import Any
 
+from rich.console import Console
+
 from asystem_bridge.config import LoopConfig
 from asystem_bridge.controller.fleet import Fleet, peak_memory_bytes
 from asystem_bridge.controller.loop import AsystemLoop
@@ -30,7 +32,7 @@ def run_loop(config: LoopConfig, config_text: str, run_path: Path, *, resume: bo
             progress.message(f"run folder: {run_path}")
             records, facts = _run(config, run_directory, progress, resume=resume)
         report = write_report(run_path, config_text, records, facts)
-        print_summary(None, records, facts, report)
+        print_summary(Console(), records, facts, report)
         return report
     finally:
         run_directory.close()
@@ -56,7 +58,7 @@ def _run(
             run_directory=run_directory,
             fleet=fleet,
             task=task,
-            tokenizer=_tokenizer(checkpoint),
+            tokenizer=_tokenizer(config),
             progress=progress,
         )
         records = loop.run(resume=resume)
@@ -79,7 +81,9 @@ def _facts(config: LoopConfig, fleet: Fleet) -> dict[str, str]:
     }
 
 
-def _tokenizer(checkpoint: Path) -> Any:
+def _tokenizer(config: LoopConfig) -> Any:
     from transformers import AutoTokenizer
 
-    return AutoTokenizer.from_pretrained(checkpoint)
+    return AutoTokenizer.from_pretrained(
+        config.trainer.checkpoint_dir, trust_remote_code=config.model.trust_remote_code
+    )

@@ -47,6 +47,7 @@ class VllmRolloutWorker:
         version = compat.require_supported_vllm()
         eos_token_ids = read_eos_token_ids(options.checkpoint_dir)
 
+        from vllm.config import WeightTransferConfig
         from vllm.engine.arg_utils import EngineArgs
         from vllm.v1.engine.llm_engine import LLMEngine
 
@@ -65,12 +66,13 @@ class VllmRolloutWorker:
                 max_model_len=options.max_model_len,
                 max_num_seqs=options.max_num_seqs,
                 max_num_batched_tokens=options.max_num_batched_tokens,
+                enable_chunked_prefill=compat.chunked_prefill(),
                 kv_cache_memory_bytes=kv_cache_bytes,
                 enable_prefix_caching=True,
                 async_scheduling=False,  # else a poll returns the tokens of the step before
                 enforce_eager=options.enforce_eager,
                 disable_log_stats=True,
-                weight_transfer_config={"backend": BACKEND},
+                weight_transfer_config=WeightTransferConfig(backend=BACKEND),
             )
         )
         self._steps = StepEngine(self._engine, eos_token_ids)
