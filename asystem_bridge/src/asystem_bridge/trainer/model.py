@@ -71,7 +71,7 @@ def build_model(architecture: Architecture, *, tensor_parallel_size: int = 1) ->
     config = _transformer_config(architecture, tensor_parallel_size, use_transformer_engine)
     spec = get_gpt_decoder_block_spec(config, use_transformer_engine, normalization="RMSNorm")
     if not use_transformer_engine:
-        _use_torch_modules(spec)
+        _use_torch_modules(spec, architecture.qk_norm)
     return GPTModel(
         config,
         spec,
@@ -174,13 +174,15 @@ class RmsNorm(torch.nn.RMSNorm):
         self.weight.sequence_parallel = config.sequence_parallel
 
 
-def _use_torch_modules(spec: TransformerBlockSubmodules) -> None:
+def _use_torch_modules(spec: TransformerBlockSubmodules, qk_norm: bool) -> None:
     """Give the local layer spec packed attention and a norm that allows sequence parallelism."""
     spec.layer_norm = RmsNorm
     for layer in spec.layer_specs:
         attention = layer.submodules.self_attention.submodules
         attention.core_attention = ThdSdpaAttention
         layer.submodules.input_layernorm = layer.submodules.pre_mlp_layernorm = RmsNorm
+        if qk_norm:
+            attention.q_layernorm = attention.k_layernorm = RmsNorm
 
 
 def _transformer_config(
