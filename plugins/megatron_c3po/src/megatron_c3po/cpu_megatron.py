@@ -164,14 +164,17 @@ def _cpu_random_tracker() -> Iterator[None]:
         def fork(self, name: str = "model-parallel-rng") -> Iterator[None]:
             if name not in self.states_:
                 raise KeyError(f"random stream {name!r}: known are {sorted(self.states_)}")
-            outer_name, outer_state = self._current_state_name, torch.get_rng_state()
+            outer_name = self._current_state_name
+            outer_state = torch.get_rng_state()
+            if outer_name in self.states_:  # nested: the outer stream goes on from here
+                self.states_[outer_name] = outer_state
             torch.set_rng_state(self.states_[name])
             self._current_state_name = name
             try:
                 yield
             finally:
                 self.states_[name] = torch.get_rng_state()
-                torch.set_rng_state(outer_state)
+                torch.set_rng_state(self.states_.get(outer_name, outer_state))
                 self._current_state_name = outer_name
 
     with (
