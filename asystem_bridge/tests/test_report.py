@@ -38,6 +38,12 @@ AXIS_LABELS = {
 }
 
 
+@pytest.fixture
+def no_plots(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For tests of the text: drawing takes seconds."""
+    monkeypatch.setattr(plots, "save_plots", lambda records, folder: [])
+
+
 def lines_of(figure: Figure) -> dict[str, np.ndarray]:
     """The drawn values by their legend's text."""
     return {str(line.get_label()): np.array(line.get_ydata()) for line in figure.axes[0].lines}
@@ -178,6 +184,7 @@ def table_of(text: str) -> dict[str, str]:
     return {name.replace("\\|", "|"): value.replace("\\|", "|") for name, value in cells}
 
 
+@pytest.mark.usefixtures("no_plots")
 def test_table_says_what_the_records_say(tmp_path: Path) -> None:
     records = [
         make_record(
@@ -227,6 +234,7 @@ def test_longer_runs_compare_means_of_their_ends() -> None:
     assert rows["reward, mean of the first -> last 2 steps"] == "0.150 -> 0.950"
 
 
+@pytest.mark.usefixtures("no_plots")
 def test_step_table_keeps_first_and_last(tmp_path: Path) -> None:
     text = (write_report(tmp_path, "", make_records(60), {}) / "report.md").read_text()
     steps = [int(step) for step in re.findall(r"^\| (\d+) \|", text, flags=re.MULTILINE)]
@@ -261,7 +269,9 @@ def test_report_without_steps_is_refused(tmp_path: Path) -> None:
 
 
 def test_failed_report_leaves_the_old_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    folder = write_report(tmp_path, "old", make_records(2), EXTRA)
+    with monkeypatch.context() as patch:
+        patch.setattr(plots, "save_plots", lambda records, folder: [])
+        folder = write_report(tmp_path, "old", make_records(2), EXTRA)
 
     def full(figure: Figure, *args: object, **options: object) -> None:
         raise OSError(28, "No space left on device")
@@ -273,6 +283,7 @@ def test_failed_report_leaves_the_old_one(tmp_path: Path, monkeypatch: pytest.Mo
     assert [path.name for path in tmp_path.iterdir()] == ["report"]
 
 
+@pytest.mark.usefixtures("no_plots")
 def test_new_report_replaces_the_old_one_and_its_leftovers(tmp_path: Path) -> None:
     write_report(tmp_path, "old", make_records(2), EXTRA)
     (tmp_path / ".report-killed" / "new").mkdir(parents=True)
