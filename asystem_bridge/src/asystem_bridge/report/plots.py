@@ -86,6 +86,7 @@ def discrepancy_figure(records: Sequence[StepRecord]) -> Figure:
         label="canary tolerance",
     )
     axes.set_yscale("log")
+    axes.margins(y=0.08)
     _legend(axes)
     return figure
 
@@ -168,6 +169,7 @@ def retention_figure(records: Sequence[StepRecord]) -> Figure:
         if len(values) <= 10:
             axes.bar_label(bars, [format_count(counts[value]) for value in values], padding=2)
         axes.margins(y=0.12)
+        axes.set_ylim(bottom=0, top=None if counts else 1)
         axes.set_xlim(min(values) - 0.7, max(max(values), min(values) + 2) + 0.7)
         axes.xaxis.set_major_locator(_whole_numbers(10))
         axes.yaxis.set_major_locator(_whole_numbers(6))
