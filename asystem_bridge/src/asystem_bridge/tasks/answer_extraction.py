@@ -21,6 +21,12 @@ def first_line(completion: str) -> str | None:
     return stripped.splitlines()[0].strip() if stripped else None
 
 
+def first_word(completion: str) -> str | None:
+    """The first word without punctuation: "Yes, because ..." answers "Yes"."""
+    found = re.search(r"\w+", completion)
+    return found.group() if found else None
+
+
 def last_number(completion: str) -> str | None:
     """The last number, without thousands separators; a minus sign counts only before a digit.
 
@@ -37,5 +43,6 @@ def answer_tag(completion: str) -> str | None:
 
 
 EXTRACTORS: dict[str, Callable[[str], str | None]] = {
-    extractor.__name__: extractor for extractor in (whole, first_line, last_number, answer_tag)
+    extractor.__name__: extractor
+    for extractor in (whole, first_line, first_word, last_number, answer_tag)
 }

@@ -24,8 +24,8 @@ class ReasoningGymOptions:
         dataset: a name in ``reasoning_gym.factory.DATASETS``, such as ``"basic_arithmetic"``.
         dataset_options: keyword arguments of that data set's configuration.
         instruction: put after the question, on a line of its own; empty for none.
-        answer: which part of the completion the verifier sees: ``"whole"``, ``"first_line"``,
-            ``"last_number"`` or ``"answer_tag"`` (``asystem_bridge.tasks.answer_extraction``).
+        answer: which part of the completion the verifier sees: the name of a function of
+            ``asystem_bridge.tasks.answer_extraction``.
         size: how many different questions there are; after the last comes the first again.  Most
             data sets make an item when it is asked for, but some draw up all of them at the start.
         seed: of the questions.
