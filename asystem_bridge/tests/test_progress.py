@@ -282,3 +282,20 @@ def test_stopped_view_leaves_a_usable_terminal(number: signal.Signals) -> None:
     assert "\x1b[?1049h" not in output  # the alternate screen was never entered
     if number == signal.SIGINT:
         assert "KeyboardInterrupt" in output
+
+
+def test_resized_terminal_gets_the_header_of_its_columns() -> None:
+    file = io.StringIO()
+    console = Console(file=file, force_terminal=True, width=160, no_color=True)
+    view = LiveProgress(console)
+    view.step(make_record(1))
+    console.width = 100
+    view.step(make_record(2))
+    view.step(make_record(3))
+    text = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", file.getvalue())
+    expected: list[str] = []
+    for width, steps in ((160, (1,)), (100, (2, 3))):
+        columns = columns_within(width)
+        expected += header_lines(columns)
+        expected += [step_line(make_record(step), columns) for step in steps]
+    assert text.splitlines() == expected

@@ -23,6 +23,7 @@ from rich.text import Text
 from asystem_bridge.report.metrics import PHASES, StepRecord
 from asystem_bridge.report.step_table import (
     HEADER_EVERY_STEPS,
+    Column,
     columns_within,
     header_lines,
     step_line,
@@ -60,6 +61,7 @@ class LiveProgress:
         self._total_steps = total_steps
         self._last_step = 0
         self._steps_printed = 0
+        self._columns: tuple[Column, ...] = ()
         self._figures: dict[str, object] = {}
         self._task: TaskID | None = None
         self._bar = RichProgress(
@@ -116,9 +118,10 @@ class LiveProgress:
 
     def step(self, record: StepRecord) -> None:
         columns = columns_within(self._console.width)
-        if self._steps_printed % HEADER_EVERY_STEPS == 0:
+        if self._steps_printed % HEADER_EVERY_STEPS == 0 or columns != self._columns:
             for line in header_lines(columns):
                 self._print_line(line, style="bold")
+        self._columns = columns  # others after the window's size has changed
         self._steps_printed += 1
         self._last_step = record.step
         self._print_line(step_line(record, columns), style=_alarm_style(record))
