@@ -91,7 +91,7 @@ class _EngineWeights:
             for fused, parts in getattr(model, "packed_modules_mapping", {}).items()
             for index, part in enumerate(parts)
         }
-        self._expert_differences: dict[tuple[str, int], dict[str, Found]] = {}
+        self._experts: dict[tuple[str, int], dict[str, Found]] = {}
 
     def find(self, name: str) -> Iterator[Found]:
         """Everything that the engine derived from this tensor: an embedding may also be the head.
@@ -113,7 +113,7 @@ class _EngineWeights:
                 values, how = self._parameter(head, None, kind)
                 yield values, f"{how} of the tied head"
 
-    def _module(self, path: str) -> tuple[torch.nn.Module, int | None]:
+    def _module(self, path: str) -> tuple[Any, int | None]:
         if path in self._modules:
             return self._modules[path], None
         parent, _, leaf = path.rpartition(".")
@@ -123,7 +123,7 @@ class _EngineWeights:
             raise NotCheckableError(f"the engine has no module {path}")
         return module, index
 
-    def _parameter(self, module: torch.nn.Module, part: int | None, kind: str) -> Found:
+    def _parameter(self, module: Any, part: int | None, kind: str) -> Found:
         from vllm.model_executor.layers.linear import LinearBase
         from vllm.model_executor.layers.vocab_parallel_embedding import (
             ParallelLMHead,
@@ -132,11 +132,12 @@ class _EngineWeights:
 
         if getattr(module, "tp_size", 1) != 1:
             raise NotCheckableError("the engine holds a tensor-parallel shard of it")
-        if kind == "weight" and isinstance(module, ParallelLMHead):
-            columns = _columns(module, module.embedding_dim, module.weight.dtype)
-            return columns[: module.org_vocab_size], "unit vectors"
         if isinstance(module, VocabParallelEmbedding):
-            return module.weight[: module.org_vocab_size], "read"
+            stored = module.get_parameter(kind)
+            if kind == "weight" and isinstance(module, ParallelLMHead):
+                columns = _columns(module, module.embedding_dim, stored.dtype)
+                return columns[: module.org_vocab_size], "unit vectors"
+            return stored[: module.org_vocab_size], "read"
         if kind == "weight" and isinstance(module, LinearBase):
             values, how = _columns(module, module.input_size, module.params_dtype), "unit vectors"
         else:
@@ -145,18 +146,18 @@ class _EngineWeights:
                 raise NotCheckableError(f"{type(module).__name__} has no parameter {kind}")
             values, how = parameter, "read"
         if part is not None:
-            values = values.split(module.output_sizes)[part]  # type: ignore[arg-type]
+            values = torch.split(values, module.output_sizes)[part]
         return values, how
 
     def _expert(self, layer: str, expert: int, part: str) -> Found:
         """An expert's matrix, from the packed experts of its layer."""
-        if (layer, expert) not in self._expert_differences:
-            self._expert_differences[layer, expert] = _unpacked_expert(
+        if (layer, expert) not in self._experts:
+            self._experts[layer, expert] = _unpacked_expert(
                 self._routed_experts(layer), self._expert_tensors(layer, expert), expert
             )
-        return self._expert_differences[layer, expert][part]
+        return self._experts[layer, expert][part]
 
-    def _routed_experts(self, layer: str) -> torch.nn.Module:
+    def _routed_experts(self, layer: str) -> Any:
         for path, module in self._modules.items():
             if path.startswith(layer) and hasattr(module, "w13_weight"):
                 return module
@@ -201,7 +202,7 @@ def _unpacked_expert(
             raise NotCheckableError("the experts are padded in the engine")
         matrix = torch.empty(rows * columns, dtype=packed.dtype, device=packed.device)
         matrix[_packed_positions(pack, rows, columns, packed)] = packed
-        pieces = matrix.view(rows, columns).split([shape[0] for shape in shapes])
+        pieces = torch.split(matrix.view(rows, columns), [shape[0] for shape in shapes])
         found |= {part: (piece, "unpacked") for part, piece in zip(parts, pieces, strict=True)}
     return found
 
@@ -215,7 +216,7 @@ def _packing(experts: Any) -> Callable[[torch.Tensor], torch.Tensor]:
     backend = getattr(method, "unquantized_backend", None)
     if backend == UnquantizedMoeBackend.TRITON:
         return lambda matrices: matrices
-    kernel = getattr(getattr(method, "moe_kernel", None), "fused_experts", None)
+    kernel: Any = getattr(getattr(method, "moe_kernel", None), "fused_experts", None)
     if current_platform.is_cpu() and not getattr(kernel, "_use_zentorch", True):
         from vllm._custom_ops import cpu_prepack_moe_weight
 

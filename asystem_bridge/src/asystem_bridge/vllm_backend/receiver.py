@@ -11,7 +11,7 @@ update that fails leaves the engine without usable weights.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -98,7 +98,7 @@ class SegmentReceiver(WeightTransferEngine[SegmentInitInfo, SegmentUpdateInfo]):
         """
         assert self.segment is not None
         if self._every_tensor_loads:  # the same names and shapes take the same way every time
-            self.model.load_weights(iter(self.segment.views.items()))
+            self._load(self.segment.views.items())
         else:
             self._load_and_check(self.segment)
         self._pending_version = update_info.version
@@ -121,7 +121,7 @@ class SegmentReceiver(WeightTransferEngine[SegmentInitInfo, SegmentUpdateInfo]):
                 yield name, tensor
 
         with trace:
-            self.model.load_weights(traced())
+            self._load(traced())
         problems = []
         ignored = sorted(set(segment.views) - trace.loaded - self._tied_names())
         if ignored:
@@ -135,6 +135,10 @@ class SegmentReceiver(WeightTransferEngine[SegmentInitInfo, SegmentUpdateInfo]):
                 "exactly the tensors of the Hugging Face checkpoint that the engine was made from"
             )
         self._every_tensor_loads = True
+
+    def _load(self, tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
+        load_weights: Any = self.model.load_weights  # vLLM's models have it, torch's Module not
+        load_weights(tensors)
 
     def _tied_names(self) -> set[str]:
         """vLLM skips the output head where it is the embedding."""

@@ -11,10 +11,10 @@ since the policy chose them.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 from vllm import SamplingParams
-from vllm.inputs import TokensPrompt
+from vllm.inputs import tokens_input
 from vllm.sampling_params import RequestOutputKind
 
 from asystem_bridge.errors import BridgeError
@@ -78,14 +78,18 @@ class StepEngine:
         if not self._request_of:
             return []
         deltas = []
-        for output in self._engine.step():
+        for output in self._step():
             uid = self._uid_of.get(output.request_id)
             if uid is None:
                 continue
             completion = output.outputs[0]
             token_ids = list(completion.token_ids)
-            chosen = zip(completion.logprobs or (), token_ids, strict=True)
-            logprobs = [candidates[token_id].logprob for candidates, token_id in chosen]
+            candidates = completion.logprobs or []  # per token: the sampled one's, by its id
+            logprobs = [
+                by_token[token_id].logprob
+                for by_token, token_id in zip(candidates, token_ids, strict=True)
+                if by_token is not None
+            ]
             if output.finished:
                 self._forget(uid)
             if token_ids or output.finished:
@@ -158,16 +162,19 @@ class StepEngine:
         }
         finished: dict[int, RequestOutput] = {}
         while len(finished) < len(order):
-            for output in self._engine.step():
+            for output in self._step():
                 if output.finished:
                     finished[order[output.request_id]] = output
         return [finished[position] for position in range(len(order))]
+
+    def _step(self) -> list[RequestOutput]:
+        return cast("list[RequestOutput]", self._engine.step())  # no request pools
 
     def _add(self, label: str, token_ids: list[int], params: SamplingParams) -> str:
         # A request id is never used twice: a resumed rollout cannot get its former self's output.
         self._requests_made += 1
         request_id = f"{label}#{self._requests_made}"
-        self._engine.add_request(request_id, TokensPrompt(prompt_token_ids=token_ids), params)
+        self._engine.add_request(request_id, tokens_input(token_ids), params)
         return request_id
 
     def _forget(self, uid: str) -> None:
