@@ -12,6 +12,7 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from megatron.core import parallel_state, tensor_parallel
@@ -151,15 +152,15 @@ def packed_logits(model: GPTModel, sequences: Sequence[Sequence[int]]) -> torch.
     positions = torch.cat([torch.arange(length) for length in lengths])
     was_training = model.training
     model.eval()
-    logits = model(
+    logits: torch.Tensor = model(
         torch.tensor([tokens], device=device),
         positions[None].to(device),
         None,
         packed_seq_params=packed_sequences(lengths),
     )
     model.train(was_training)
-    logits = tensor_parallel.gather_from_tensor_model_parallel_region(logits)
-    return logits[0, :num_tokens].float()
+    gathered: torch.Tensor = tensor_parallel.gather_from_tensor_model_parallel_region(logits)
+    return gathered[0, :num_tokens].float()
 
 
 class RmsNorm(torch.nn.RMSNorm):
@@ -171,7 +172,8 @@ class RmsNorm(torch.nn.RMSNorm):
 
     def __init__(self, config: TransformerConfig, hidden_size: int, eps: float) -> None:
         super().__init__(hidden_size, eps=eps)
-        self.weight.sequence_parallel = config.sequence_parallel
+        weight: Any = self.weight
+        weight.sequence_parallel = config.sequence_parallel
 
 
 def _use_torch_modules(spec: TransformerBlockSubmodules, qk_norm: bool) -> None:

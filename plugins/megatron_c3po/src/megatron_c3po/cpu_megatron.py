@@ -153,6 +153,8 @@ def _cpu_random_tracker() -> Iterator[None]:
     from megatron.core.tensor_parallel import random as megatron_random
 
     class CpuRNGStatesTracker(megatron_random.CudaRNGStatesTracker):
+        _current_state_name: str
+
         def add(self, name: str, seed: int) -> None:
             if seed in self.seeds_ or name in self.states_:
                 raise ValueError(f"random stream {name!r} with seed {seed} exists already")
