@@ -11,6 +11,7 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
+import re
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -76,6 +77,24 @@ def cached_folder(name: str, fill: Callable[[Path], None], *, needed_bytes: int)
             ) from error
         raise ModelError(f"{name} cannot be written to the cache: {error}. {_ADVICE}") from error
     return folder
+
+
+@contextmanager
+def safetensors_os_errors() -> Iterator[None]:
+    """Around ``save_file``: a failed write becomes the ``OSError`` it was.
+
+    safetensors 0.8 raises its own error, with the operating system's number only in its text.
+    """
+    from safetensors import SafetensorError
+
+    try:
+        yield
+    except SafetensorError as error:
+        found = re.search(r"\(os error (\d+)\)", str(error))
+        if found is None:
+            raise
+        number = int(found.group(1))
+        raise OSError(number, os.strerror(number)) from error
 
 
 _ADVICE = "Free some space, or name another folder in RING1T_CACHE."

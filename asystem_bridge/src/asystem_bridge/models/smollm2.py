@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from asystem_bridge.errors import ModelError
-from asystem_bridge.models.cache import MIB, cached_folder
+from asystem_bridge.models.cache import MIB, cached_folder, safetensors_os_errors
 
 if TYPE_CHECKING:
     from gguf import GGUFReader
@@ -222,4 +222,5 @@ def _save_weights(reader: GGUFReader, folder: Path) -> None:
             pairs = weight.reshape(heads[projection], -1, 2, in_features)
             weight = pairs.swapaxes(1, 2).reshape(out_features, in_features)
         weights[name] = np.ascontiguousarray(weight, dtype=np.float32)
-    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    with safetensors_os_errors():
+        save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})

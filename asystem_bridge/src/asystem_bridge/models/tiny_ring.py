@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from asystem_bridge.models.cache import safetensors_os_errors
 from asystem_bridge.models.char_tokenizer import (
     BOS_ID,
     EOS_ID,
@@ -110,6 +111,7 @@ def tiny_ring_checkpoint(
 
     Raises:
         ValueError: the directory holds something.
+        OSError: it cannot be written, for example because the disk is full.
     """
     from safetensors.torch import save_file
 
@@ -117,9 +119,9 @@ def tiny_ring_checkpoint(
         raise ValueError(f"{directory} is not empty: a checkpoint is written to an empty folder")
     size = size or TinyRingSize()
     directory.mkdir(parents=True, exist_ok=True)
-    save_file(
-        tiny_ring_weights(size, seed), directory / "model.safetensors", metadata={"format": "pt"}
-    )
+    weights = tiny_ring_weights(size, seed)
+    with safetensors_os_errors():
+        save_file(weights, directory / "model.safetensors", metadata={"format": "pt"})
     config = tiny_ring_config(size, max_positions)
     (directory / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     (directory / f"{_CONFIG_MODULE}.py").write_text(_CONFIG_SOURCE)
