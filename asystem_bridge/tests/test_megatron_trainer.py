@@ -9,7 +9,6 @@ from __future__ import annotations
 import itertools
 import json
 import math
-import os
 import resource
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -275,40 +274,50 @@ def make_rollouts(checkpoint_dir: Path) -> list[Rollout]:
 # --- the runs -------------------------------------------------------------------------------------
 
 
+SIZES = {"single": (1, 1), "tp2": (2, 1), "dp2": (1, 2)}  # tensor parallel, data parallel
+FAMILIES = {"qwen3": ("single", "tp2", "dp2"), "bailing_moe_v2": ("single", "tp2")}
+of_every_family = pytest.mark.parametrize("run", FAMILIES, indirect=True)
+of_every_group = pytest.mark.parametrize(
+    ("run", "size"),
+    [(family, size) for family, sizes in FAMILIES.items() for size in sizes],
+    indirect=["run"],
+)
+of_every_pair = pytest.mark.parametrize(
+    ("run", "size"),
+    [(family, size) for family, sizes in FAMILIES.items() for size in sizes[1:]],
+    indirect=["run"],
+)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Run:
-    """A checkpoint, its rollouts, the naive step, and the groups that played them."""
+    """A checkpoint, its rollouts, the naive step, the groups and what they gave back."""
 
     checkpoint_dir: Path
     rollouts: list[Rollout]
     naive: Naive
+    groups: dict[str, TrainerGroup]
     played: dict[str, Played]
-    single: TrainerGroup
 
 
-SIZES = {"single": (1, 1), "tp2": (2, 1), "dp2": (1, 2)}
-
-
-@pytest.fixture(scope="module", params=["qwen3", "bailing_moe_v2"])
+@pytest.fixture(scope="module")
 def run(request: pytest.FixtureRequest, tmp_path_factory: Any) -> Iterator[Run]:
     directory = tmp_path_factory.mktemp(request.param)
     checkpoint_dir = write_tiny_checkpoint(directory / "model", request.param)
     rollouts = make_rollouts(checkpoint_dir)
     groups = {
-        name: TrainerGroup(directory / name, checkpoint_dir, tp, dp)
-        for name, (tp, dp) in SIZES.items()
+        name: TrainerGroup(directory / name, checkpoint_dir, *SIZES[name])
+        for name in FAMILIES[request.param]
     }
     try:
         naive = naive_step(checkpoint_dir, rollouts)
         played = {name: play(group, directory / name, rollouts) for name, group in groups.items()}
-        for name in ("tp2", "dp2"):
-            groups[name].close()
         yield Run(
             checkpoint_dir=checkpoint_dir,
             rollouts=rollouts,
             naive=naive,
+            groups=groups,
             played=played,
-            single=groups["single"],
         )
     finally:
         for group in groups.values():
@@ -324,7 +333,7 @@ def assert_same_weights(ours: dict[str, Tensor], expected: dict[str, Tensor], at
         )  # fmt: skip
 
 
-@pytest.mark.parametrize("size", SIZES)
+@of_every_group
 def test_starts_with_the_checkpoints_weights(run: Run, size: str) -> None:
     played = run.played[size]
     stored = load_file(run.checkpoint_dir / "model.safetensors")
@@ -340,13 +349,13 @@ def test_starts_with_the_checkpoints_weights(run: Run, size: str) -> None:
         assert torch.equal(tensor, stored[name].bfloat16()), name
 
 
-@pytest.mark.parametrize("size", SIZES)
+@of_every_group
 def test_every_byte_is_published_once(run: Run, size: str) -> None:
     played = run.played[size]
     assert played.initial_bytes == sum(tensor.nbytes for tensor in played.initial.values())
 
 
-@pytest.mark.parametrize("size", SIZES)
+@of_every_group
 def test_one_step_equals_the_naive_one(run: Run, size: str) -> None:
     played, naive = run.played[size], run.naive
     masked = sum(result["discrepancy"]["low_tokens"] for result in played.first[:: SIZES[size][0]])
@@ -364,7 +373,7 @@ def test_one_step_equals_the_naive_one(run: Run, size: str) -> None:
     assert_same_weights(played.after_first, naive.after_first, atol=1e-6)
 
 
-@pytest.mark.parametrize("size", SIZES)
+@of_every_group
 def test_data_parallel_ranks_share_the_tokens(run: Run, size: str) -> None:
     tp, dp = SIZES[size]
     per_dp_rank = [result["tokens"] for result in run.played[size].first[::tp]]
@@ -375,7 +384,7 @@ def test_data_parallel_ranks_share_the_tokens(run: Run, size: str) -> None:
     assert sum(per_dp_rank) == sum(len(rollout.token_ids) for rollout in run.rollouts)
 
 
-@pytest.mark.parametrize("size", ["tp2", "dp2"])
+@of_every_pair
 def test_two_processes_equal_one(run: Run, size: str) -> None:
     one, two = run.played["single"], run.played[size]
     for step_of_one, step_of_two in ((one.first, two.first), (one.second, two.second)):
@@ -385,7 +394,7 @@ def test_two_processes_equal_one(run: Run, size: str) -> None:
     assert_same_weights(two.after_second, one.after_second, atol=1e-5)
 
 
-@pytest.mark.parametrize("size", SIZES)
+@of_every_group
 def test_a_loaded_checkpoint_continues_bit_for_bit(run: Run, size: str) -> None:
     played = run.played[size]
     for key in ("step", "loss", "grad_norm", "discrepancy"):
@@ -395,51 +404,41 @@ def test_a_loaded_checkpoint_continues_bit_for_bit(run: Run, size: str) -> None:
         assert torch.equal(played.after_again[name], tensor), name
 
 
-@pytest.mark.parametrize("written_by", ["tp2", "dp2"])
-def test_a_checkpoint_of_two_processes_is_read_by_one(run: Run, written_by: str) -> None:
-    other = run.played[written_by]
-    assert call_all(run.single.workers, "load", other.saved) == [{"step": 1}]
-    loaded, _ = run.single.published()
-    for name, tensor in other.after_first.items():
-        assert torch.equal(loaded[name], tensor), name
-    [second] = run.single.train(run.rollouts)
-    assert second["loss"] == pytest.approx(other.second[0]["loss"], rel=1e-5)
-    after_second, _ = run.single.published()
-    assert_same_weights(after_second, other.after_second, atol=1e-5)
+def continue_from(
+    group: TrainerGroup, checkpoint: Played, rollouts: list[Rollout], atol: float
+) -> None:
+    """Load another group's checkpoint and do its second step."""
+    results = call_all(group.workers, "load", checkpoint.saved)
+    assert results == [{"step": 1}] * len(group.workers)
+    loaded, _ = group.published()
+    assert_same_weights(loaded, checkpoint.after_first, atol=0.0)
+    second = group.train(rollouts)
+    assert second[0]["loss"] == pytest.approx(checkpoint.second[0]["loss"], rel=1e-5)
+    after_second, _ = group.published()
+    assert_same_weights(after_second, checkpoint.after_second, atol=atol)
 
 
-def test_a_new_process_group_continues_a_checkpoint_of_one(run: Run, tmp_path: Path) -> None:
-    """TP2 from a single process's checkpoint, and in processes that never trained before."""
-    if "qwen3" not in str(run.checkpoint_dir):
-        pytest.skip("one family is enough: the state is the same kind")
-    single = run.played["single"]
-    group = TrainerGroup(tmp_path / "resumed", run.checkpoint_dir, 2, 1)
+@of_every_pair
+def test_checkpoints_move_between_numbers_of_processes(run: Run, size: str) -> None:
+    continue_from(run.groups["single"], run.played[size], run.rollouts, atol=1e-5)
+    continue_from(run.groups[size], run.played["single"], run.rollouts, atol=1e-5)
+
+
+@pytest.mark.parametrize("run", ["qwen3"], indirect=True)
+def test_a_new_process_continues_bit_for_bit(run: Run, tmp_path: Path) -> None:
+    group = TrainerGroup(tmp_path / "resumed", run.checkpoint_dir, 1, 1)
     try:
         group.setup()
-        assert call_all(group.workers, "load", single.saved) == [{"step": 1}] * 2
-        loaded, _ = group.published()
-        for name, tensor in single.after_first.items():
-            assert torch.equal(loaded[name], tensor), name
-        second = group.train(run.rollouts)
-        assert second[0]["loss"] == pytest.approx(single.second[0]["loss"], rel=1e-5)
-        after_second, _ = group.published()
-        assert_same_weights(after_second, single.after_second, atol=1e-5)
-        # And what this layout wrote itself continues exactly.
-        tp2 = run.played["tp2"]
-        call_all(group.workers, "load", tp2.saved)
-        assert [r["grad_norm"] for r in group.train(run.rollouts)] == [
-            r["grad_norm"] for r in tp2.second
-        ]
-        after_second, _ = group.published()
-        for name, tensor in tp2.after_second.items():
-            assert torch.equal(after_second[name], tensor), name
+        continue_from(group, run.played["single"], run.rollouts, atol=0.0)
     finally:
         group.close()
 
 
-def test_supervised_steps_teach_the_answers(run: Run) -> None:
-    call_all(run.single.workers, "reset_optimizer")
-    results = [run.single.train(run.rollouts, "supervised", 3e-2)[0] for _ in range(6)]
+@of_every_group
+def test_supervised_steps_teach_the_answers(run: Run, size: str) -> None:
+    group = run.groups[size]
+    call_all(group.workers, "reset_optimizer")
+    results = [group.train(run.rollouts, "supervised", 3e-2)[0] for _ in range(6)]
     losses = [result["loss"] for result in results]
     assert results[0]["step"] == 1
     assert results[0]["discrepancy"] == {}
@@ -447,37 +446,60 @@ def test_supervised_steps_teach_the_answers(run: Run) -> None:
     assert all(later < earlier for earlier, later in itertools.pairwise(losses))
 
 
-def test_an_incomplete_rollout_is_refused(run: Run) -> None:
-    bad = Rollout(uid="9/0", group_uid="9", prompt_ids=[5], max_new_tokens=4, token_ids=[6],
-                  logprobs=[-1.0], versions=[0])  # fmt: skip
+@of_every_family
+def test_what_cannot_be_trained_is_refused_and_moves_no_weight(run: Run) -> None:
+    group = run.groups["single"]
+    before, _ = group.published()
+
+    def rollout(advantage: float | None) -> Rollout:
+        return Rollout(
+            uid="9/0", group_uid="9", prompt_ids=[5], max_new_tokens=4, token_ids=[6],
+            logprobs=[-4.0], versions=[0], advantage=advantage,
+        )  # fmt: skip
+
     with pytest.raises(WorkerError, match="9/0: no advantage"):
-        run.single.train([bad])
+        group.train([rollout(None)])
+    with pytest.raises(WorkerError, match="mode = 'distil': allowed are"):
+        group.train([rollout(1.0)], "distil")
+    own_logprob = call_all(group.workers, "logprobs", [[5, 6]])[0][0][0]
+    infinite = rollout(math.inf)
+    infinite.logprobs = [own_logprob]
+    with pytest.raises(WorkerError, match="in local grad norm"):
+        group.train([infinite])
+    after, _ = group.published()
+    assert_same_weights(after, before, atol=0.0)
 
 
-def test_a_full_disk_is_a_checkpoint_error_and_training_can_go_on(run: Run, tmp_path: Path) -> None:
+@of_every_family
+def test_a_full_disk_of_one_rank_is_an_error_on_all(run: Run, tmp_path: Path) -> None:
     """A limit on the size of files makes writes fail as a full disk does."""
     directory = tmp_path / "checkpoint"
     directory.mkdir()
-    [worker] = run.single.workers
-    log_bytes = worker.log_path.stat().st_size
-    unlimited = resource.prlimit(worker.pid, resource.RLIMIT_FSIZE)
-    resource.prlimit(worker.pid, resource.RLIMIT_FSIZE, (log_bytes + 65536, unlimited[1]))
+    workers = run.groups["tp2"].workers
+    unlimited = resource.prlimit(workers[1].pid, resource.RLIMIT_FSIZE)
+    log_bytes = workers[1].log_path.stat().st_size
+    resource.prlimit(workers[1].pid, resource.RLIMIT_FSIZE, (log_bytes + 65536, unlimited[1]))
     try:
-        with pytest.raises(WorkerError, match="CheckpointError: cannot write the checkpoint"):
-            worker.call("save", directory)
+        for worker in workers:
+            worker.send("save", directory)
+        for worker in workers:
+            with pytest.raises(WorkerError, match=r"CheckpointError: cannot write .*ranks \[1\]"):
+                worker.receive()
     finally:
-        resource.prlimit(worker.pid, resource.RLIMIT_FSIZE, unlimited)
+        resource.prlimit(workers[1].pid, resource.RLIMIT_FSIZE, unlimited)
     other = tmp_path / "other"
     other.mkdir()
-    assert worker.call("save", other)["bytes"] == sum(p.stat().st_size for p in other.iterdir())
+    [saved, _] = call_all(workers, "save", other)
+    assert saved["bytes"] == sum(path.stat().st_size for path in other.iterdir())
 
 
-def test_no_helper_process_is_left_by_a_save(run: Run) -> None:
-    [worker] = run.single.workers
-    children = Path(f"/proc/{worker.pid}/task/{worker.pid}/children").read_text()
-    assert children == ""
+@of_every_group
+def test_no_helper_process_is_left_by_a_save(run: Run, size: str) -> None:
+    for worker in run.groups[size].workers:
+        assert Path(f"/proc/{worker.pid}/task/{worker.pid}/children").read_text() == ""
 
 
+@of_every_family
 @pytest.mark.parametrize("damage", ["missing", "cut"])
 def test_a_damaged_checkpoint_is_refused(run: Run, tmp_path: Path, damage: str) -> None:
     directory = tmp_path / "damaged"
@@ -487,13 +509,13 @@ def test_a_damaged_checkpoint_is_refused(run: Run, tmp_path: Path, damage: str) 
             content = path.read_bytes()
             cut = len(content) // 2 if path.suffix == ".distcp" else len(content)
             (directory / path.name).write_bytes(content[:cut])
-    [worker] = run.single.workers
+    [worker] = run.groups["single"].workers
     with pytest.raises(WorkerError, match="CheckpointError: cannot read the checkpoint"):
         worker.call("load", directory)
 
 
+@of_every_family
 def test_save_needs_an_empty_folder(run: Run) -> None:
-    [worker] = run.single.workers
+    [worker] = run.groups["single"].workers
     with pytest.raises(WorkerError, match="existing empty folder"):
         worker.call("save", run.played["single"].saved)
-    assert os.path.isdir(run.played["single"].saved)

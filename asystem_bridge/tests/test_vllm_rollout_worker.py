@@ -28,6 +28,7 @@ pytestmark = pytest.mark.engine
 
 EOS = 1
 VOCAB = 100  # vLLM pads it to 128
+BATCHED_TOKENS = 256
 LOGPROB_TOLERANCE = 1e-4  # float32; 1e-6 was seen
 MODELS = ("first", "second")
 
@@ -81,6 +82,7 @@ def setting(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Setting]:
                 dtype="float32",
                 max_model_len=256,
                 max_num_seqs=8,
+                max_num_batched_tokens=BATCHED_TOKENS,
                 kv_cache_gib=0.125,
                 enforce_eager=True,
             )
@@ -181,6 +183,26 @@ def test_behaviour_logprobs_are_those_of_the_sampling_distribution(setting):
         assert reason == ("stop" if tokens[-1] == EOS else "length")
         assert len(tokens) == 30 or reason == "stop"
         expected = reference_logprobs(setting.references["second"], prompt + tokens)
+        assert logprobs_of(deltas[uid]) == pytest.approx(
+            expected[len(prompt) - 1 :], abs=LOGPROB_TOLERANCE
+        )
+
+
+def test_seeded_prompts_that_do_not_fit_into_one_step(setting):
+    """vLLM would split a prompt between two steps, which a seeded request does not survive."""
+    setting.load("first")
+    prompts = {f"q{i}": some_tokens(100, seed=700 + i) for i in range(12)}
+    assert sum(map(len, prompts.values())) > 2 * BATCHED_TOKENS
+    setting.engine.submit(
+        Submission(uid=uid, token_ids=prompt, max_new_tokens=3, seed=i)
+        for i, (uid, prompt) in enumerate(prompts.items())
+    )
+    deltas: dict[str, list[Delta]] = {}
+    while len(deltas) < 12 or any(each[-1].finish_reason is None for each in deltas.values()):
+        for delta in setting.engine.poll():
+            deltas.setdefault(delta.uid, []).append(delta)
+    for uid, prompt in prompts.items():
+        expected = reference_logprobs(setting.references["first"], prompt + tokens_of(deltas[uid]))
         assert logprobs_of(deltas[uid]) == pytest.approx(
             expected[len(prompt) - 1 :], abs=LOGPROB_TOLERANCE
         )

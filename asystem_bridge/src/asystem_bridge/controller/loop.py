@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -289,14 +289,18 @@ class AsystemLoop:
                 "versions": rollout.versions,
             }
 
-    def _show_rollout(self) -> Any:
+    def _show_rollout(self) -> Callable[[CollectStats], None]:
         shown = 0
 
         def on_step(stats: CollectStats) -> None:
             nonlocal shown
             self.progress.advance(stats.budget_used_tokens - shown)
             shown = stats.budget_used_tokens
-            self.progress.show(generated=stats.generated_tokens, decode_steps=stats.decode_steps)
+            self.progress.show(
+                pool=stats.pool_size,
+                generated=stats.generated_tokens,
+                decode_steps=stats.decode_steps,
+            )
 
         return on_step
 

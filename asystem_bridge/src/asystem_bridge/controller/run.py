@@ -13,6 +13,7 @@ from asystem_bridge.config import LoopConfig
 from asystem_bridge.controller.fleet import Fleet, peak_memory_bytes
 from asystem_bridge.controller.loop import AsystemLoop
 from asystem_bridge.controller.run_directory import RunDirectory
+from asystem_bridge.errors import ConfigError
 from asystem_bridge.models.named import checkpoint_folder
 from asystem_bridge.report.metrics import StepRecord
 from asystem_bridge.report.progress import Progress, make_progress
@@ -31,6 +32,10 @@ def run_loop(config: LoopConfig, config_text: str, run_path: Path, *, resume: bo
         with make_progress(total_steps=config.run.steps) as progress:
             progress.message(f"run folder: {run_path}")
             records, facts = _run(config, run_directory, progress, resume=resume)
+        if not records:
+            raise ConfigError(
+                "the prompts ran out before the first step: there is nothing to report"
+            )
         report = write_report(run_path, config_text, records, facts)
         print_summary(Console(), records, facts, report)
         return report
@@ -75,7 +80,7 @@ def _facts(config: LoopConfig, fleet: Fleet) -> dict[str, str]:
         "trainer": f"megatron-core {trainer['megatron']}, "
         f"TP {config.trainer.tensor_parallel_size}, DP {config.trainer.data_parallel_size}, "
         "float32",
-        "engine": f"vLLM {engine['vllm']}, {engine['dtype']}",
+        "engine": f"{engine['vllm']}, {engine['dtype']}",
         "logits against transformers": f"max |difference| {trainer['logits_max_abs_diff']:.1e}",
         "IcePop band": f"[{config.trainer.icepop_alpha:g}, {config.trainer.icepop_beta:g}]",
     }

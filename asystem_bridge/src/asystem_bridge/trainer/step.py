@@ -52,12 +52,16 @@ def train_step(
 
     Raises:
         ValueError: unknown mode, no row, or no token to train on any rank.
+        RuntimeError: a gradient is not finite; no weight has moved.
     """
     if mode not in get_args(TrainMode):
         raise ValueError(f"mode = {mode!r}: allowed are {get_args(TrainMode)}")
     if not rows:
         raise ValueError("no row to train: every rank needs as many rows as the others")
-    microbatches = [build_microbatch(row, length_multiple=length_multiple) for row in rows]
+    device = next(model.parameters()).device
+    microbatches = [
+        build_microbatch(row, length_multiple=length_multiple, device=device) for row in rows
+    ]
 
     model.train()
     model.zero_grad_buffer()
@@ -75,6 +79,7 @@ def train_step(
     totals = torch.tensor(
         [sum(part[name] for part in metrics) for name in ("loss_sum", "count")],
         dtype=torch.float64,
+        device=device,
     )
     torch.distributed.all_reduce(totals, group=parallel_state.get_data_parallel_group())
     loss_sum, count = totals.tolist()
@@ -113,7 +118,8 @@ def label_logprobs(model: Any, microbatch: Microbatch) -> Tensor:
         labels=microbatch["labels"],
         packed_seq_params=packed_seq_params(microbatch),
     )
-    return -cross_entropy.float()
+    logprobs: Tensor = -cross_entropy.float()
+    return logprobs
 
 
 def _forward_step(

@@ -42,7 +42,7 @@ from megatron_c3po.rollout import Rollout
 
 
 class MegatronTrainer:
-    """Trains one model with data and tensor parallelism over gloo.
+    """Trains one model with data and tensor parallelism.  Tried on CPUs (gloo) only.
 
     Every method but ``setup`` needs ``setup`` to have returned.  A method that raises on one rank
     may leave the others waiting in a collective: the group is then of no more use.
@@ -73,8 +73,10 @@ class MegatronTrainer:
         self._options = options
         version = check_megatron_version()
         self._inside_megatron.enter_context(cpu_megatron())
+        if torch.cuda.is_available():
+            torch.cuda.set_device(rank % torch.cuda.device_count())
         torch.distributed.init_process_group(
-            "gloo",
+            "nccl" if torch.cuda.is_available() else "gloo",
             init_method=init_method,
             rank=rank,
             world_size=options.world_size,
@@ -166,6 +168,7 @@ class MegatronTrainer:
             microbatch = build_microbatch(
                 [_as_rollout(sequences[index]) for index in row],
                 length_multiple=self._length_multiple,
+                device=next(self._model.parameters()).device,
             )
             with torch.no_grad():
                 logprobs = label_logprobs(self._model, microbatch)[0]

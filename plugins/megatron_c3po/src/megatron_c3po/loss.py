@@ -30,7 +30,7 @@ from megatron_c3po.microbatch import NO_SEQUENCE, Microbatch
 
 LossNormaliser = Literal["sequence", "token"]
 LossResult = tuple[Tensor, Tensor, dict[str, Any]]
-"""``loss_sum`` (scalar, with gradient), ``count`` (int64 scalar), ``metrics`` (plain numbers)."""
+"""``loss_sum`` (scalar, with gradient), ``count`` (int32 scalar), ``metrics`` (plain numbers)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,12 +115,12 @@ def _normalise(per_token: Tensor, microbatch: Microbatch, normaliser: LossNormal
         sequence_ids = microbatch["sequence_ids"]
         sequences = int(sequence_ids.max()) + 1 if sequence_ids.numel() else 0
         ids = torch.where(sequence_ids == NO_SEQUENCE, sequences, sequence_ids)[0]
-        lengths = torch.zeros(sequences + 1).index_add_(0, ids, mask[0])
+        lengths = mask.new_zeros(sequences + 1).index_add_(0, ids, mask[0])
         token_weights = mask / lengths[ids].clamp(min=1.0)
-        count = torch.tensor(sequences)
+        count = torch.tensor(sequences, dtype=torch.int, device=mask.device)
     else:
         token_weights = mask
-        count = tokens.to(torch.int64)
+        count = tokens.to(torch.int)
     # `where` and not a product: a position outside the mask may hold an infinite value.
     loss_sum = torch.where(mask > 0, per_token, 0.0).mul(token_weights).sum()
     metrics = {

@@ -1,7 +1,7 @@
 """A packed row of rollouts as tensors: what the loss and Megatron's packed attention read.
 
-Legend: T = tokens of the row, S = its sequences (a padding tail counts as one), all tensors on the
-CPU.  Everything but ``tokens`` and ``position_ids`` is label-aligned: position t holds the data of
+Legend: T = tokens of the row, S = its sequences (a padding tail counts as one).
+Everything but ``tokens`` and ``position_ids`` is label-aligned: position t holds the data of
 token t + 1, so that it lines up with the log-prob that the model gives at position t.
 Rows keep their natural length: packed attention needs no common one.
 """
@@ -9,7 +9,7 @@ Rows keep their natural length: packed attention needs no common one.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TypedDict
+from typing import TypedDict, cast
 
 import torch
 from torch import Tensor
@@ -48,7 +48,12 @@ class Microbatch(TypedDict):
     sequence_ids: Tensor
 
 
-def build_microbatch(row: Sequence[Rollout], *, length_multiple: int = 1) -> Microbatch:
+def build_microbatch(
+    row: Sequence[Rollout],
+    *,
+    length_multiple: int = 1,
+    device: torch.device | str = "cpu",
+) -> Microbatch:
     """Lay the rollouts of a row one after another.
 
     Args:
@@ -56,6 +61,7 @@ def build_microbatch(row: Sequence[Rollout], *, length_multiple: int = 1) -> Mic
             takes part in the collectives.
         length_multiple: T is padded to a multiple of this (sequence parallelism splits T evenly
             over the tensor-parallel ranks).
+        device: where the model is.
 
     Raises:
         ValueError: a rollout has no prompt, no sampled token, no advantage, or not one log-prob
@@ -92,7 +98,8 @@ def build_microbatch(row: Sequence[Rollout], *, length_multiple: int = 1) -> Mic
         microbatch["behaviour_logprobs"][0, sampled] = torch.tensor(rollout.logprobs)
         microbatch["policy_versions"][0, sampled] = torch.tensor(rollout.versions)
         start = end
-    return microbatch
+    moved = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in microbatch.items()}
+    return cast(Microbatch, moved)
 
 
 def _checked_advantage(rollout: Rollout) -> float:

@@ -109,6 +109,7 @@ class C3POPool:
             for delta in self._engine.poll():
                 released += self._take(delta, version, stats)
             stats.decode_steps += 1
+            stats.pool_size = len(self._active)
             if on_step is not None:
                 on_step(stats)
         self._engine.abort(list(self._active))
