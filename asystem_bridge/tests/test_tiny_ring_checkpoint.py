@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import resource
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,10 @@ from safetensors.torch import load_file
 from asystem_bridge.errors import ModelError
 from asystem_bridge.models.cache import cached_folder
 from asystem_bridge.models.tiny_ring import TinyRingSize, tiny_ring_checkpoint, tiny_ring_weights
+from asystem_bridge.runtime.worker_client import WorkerClient
 from asystem_bridge.tasks.digit_sort import DigitSort, DigitSortOptions
+from asystem_bridge.vllm_backend.client import WORKER_TARGET, VllmProcessEngine, vllm_environment
+from asystem_bridge.vllm_backend.options import RolloutOptions
 
 # Of Ring-mini-2.0 with 2 layers: one dense, one with (here) 4 experts.
 NAMES_OF_TWO_LAYERS = [
@@ -221,37 +223,35 @@ def test_learns_to_sort_digits(weights: dict[str, torch.Tensor], config: dict[st
 
 @pytest.mark.engine
 def test_vllm_agrees_with_the_reference(
-    checkpoint: Path, weights: dict[str, torch.Tensor], config: dict[str, Any]
+    checkpoint: Path, weights: dict[str, torch.Tensor], config: dict[str, Any], tmp_path: Path
 ):
-    """Log-probs of prompts and of sampled tokens, float32."""
-    from asystem_bridge.vllm_backend.client import vllm_environment
-
-    os.environ.update(vllm_environment(threads=1))
-    from vllm import LLM, SamplingParams, TokensPrompt
-
-    llm = LLM(
-        model=str(checkpoint),
-        trust_remote_code=True,
-        dtype="float32",
-        max_model_len=64,
-        max_num_seqs=4,
-        kv_cache_memory_bytes=2**26,
-        enforce_eager=True,
-    )
+    pytest.importorskip("vllm")
     generator = torch.Generator().manual_seed(0)
-    prompts = [torch.randint(4, 53, (n,), generator=generator).tolist() for n in (5, 17, 40)]
-    outputs = llm.generate(
-        [TokensPrompt(prompt_token_ids=prompt) for prompt in prompts],
-        SamplingParams(
-            temperature=1.0, max_tokens=12, seed=1, logprobs=0, prompt_logprobs=0, ignore_eos=True
-        ),
-        use_tqdm=False,
+    sequences = [torch.randint(4, 53, (n,), generator=generator).tolist() for n in (5, 17, 60)]
+    worker = WorkerClient(
+        WORKER_TARGET,
+        name="vllm",
+        log_path=tmp_path / "vllm.log",
+        environment=vllm_environment(threads=1),
     )
-    for prompt, output in zip(prompts, outputs, strict=True):
-        completion = output.outputs[0]
-        token_ids = prompt + list(completion.token_ids)
-        seen = output.prompt_logprobs[1:] + completion.logprobs
-        engine = [at[token].logprob for at, token in zip(seen, token_ids[1:], strict=True)]
+    try:
+        worker.wait_started()
+        engine = VllmProcessEngine(worker)
+        engine.setup(
+            RolloutOptions(
+                checkpoint_dir=checkpoint,
+                dtype="float32",
+                max_model_len=64,
+                max_num_seqs=4,
+                kv_cache_gib=0.125,
+                enforce_eager=True,
+                trust_remote_code=True,
+            )
+        )
+        of_engine = engine.prompt_logprobs(sequences)
+    finally:
+        worker.close()
+    for token_ids, logprobs in zip(sequences, of_engine, strict=True):
         logits = bailing_logits(weights, config, torch.tensor([token_ids]))[0]
         reference = logits[:-1].log_softmax(-1).gather(-1, torch.tensor(token_ids[1:])[:, None])
-        torch.testing.assert_close(torch.tensor(engine), reference[:, 0], atol=1e-5, rtol=0)
+        torch.testing.assert_close(torch.tensor(logprobs), reference[:, 0], atol=1e-5, rtol=0)
