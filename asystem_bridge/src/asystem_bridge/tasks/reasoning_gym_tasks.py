@@ -67,8 +67,8 @@ class ReasoningGymTask:
     def __init__(self, options: ReasoningGymOptions) -> None:
         self.options = options
         try:
-            import reasoning_gym  # type: ignore[import-untyped]
-            from reasoning_gym.factory import DATASETS  # type: ignore[import-untyped]
+            import reasoning_gym
+            from reasoning_gym.factory import DATASETS
         except ImportError as error:
             raise ConfigError(
                 f"the task reasoning_gym needs the package reasoning-gym ({error}). "
