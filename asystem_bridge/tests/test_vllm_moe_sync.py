@@ -134,3 +134,13 @@ def test_an_update_that_lacks_an_expert_is_refused(engine, checkpoints):
     with pytest.raises(WorkerError, match=r"modules of the engine lack weights: \['model.layers.2"):
         engine.update_weights(11)
     segment.close()
+
+
+def test_a_tensor_that_the_model_would_skip_in_silence_is_refused(engine, checkpoints):
+    tensors = load_file(checkpoints[0] / "model.safetensors")
+    tensors["model.norm.bias"] = torch.zeros(64)
+    segment = segment_with(tensors)
+    engine.attach_weights(segment)
+    with pytest.raises(WorkerError, match=r"ignored these tensors .*: \['model.norm.bias'\]"):
+        engine.update_weights(12)
+    segment.close()

@@ -119,6 +119,7 @@ class SegmentReceiver(WeightTransferEngine[SegmentInitInfo, SegmentUpdateInfo]):
             for name, tensor in segment.views.items():
                 trace.current = name
                 yield name, tensor
+            trace.current = None
 
         with trace:
             self._load(traced())
