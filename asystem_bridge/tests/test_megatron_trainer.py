@@ -6,6 +6,8 @@ came back with a naive model, with each other and with the files on disk.
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import itertools
 import json
 import math
@@ -276,16 +278,12 @@ def make_rollouts(checkpoint_dir: Path) -> list[Rollout]:
 
 SIZES = {"single": (1, 1), "tp2": (2, 1), "dp2": (1, 2)}  # tensor parallel, data parallel
 FAMILIES = {"qwen3": ("single", "tp2", "dp2"), "bailing_moe_v2": ("single", "tp2")}
-of_every_family = pytest.mark.parametrize("run", FAMILIES, indirect=True)
+of_every_family = pytest.mark.parametrize("family", FAMILIES)
 of_every_group = pytest.mark.parametrize(
-    ("run", "size"),
-    [(family, size) for family, sizes in FAMILIES.items() for size in sizes],
-    indirect=["run"],
+    ("family", "size"), [(family, size) for family, sizes in FAMILIES.items() for size in sizes]
 )
 of_every_pair = pytest.mark.parametrize(
-    ("run", "size"),
-    [(family, size) for family, sizes in FAMILIES.items() for size in sizes[1:]],
-    indirect=["run"],
+    ("family", "size"), [(family, size) for family, sizes in FAMILIES.items() for size in sizes[1:]]
 )
 
 
@@ -300,16 +298,16 @@ class Run:
     played: dict[str, Played]
 
 
-@pytest.fixture(scope="module")
-def run(request: pytest.FixtureRequest, tmp_path_factory: Any) -> Iterator[Run]:
-    directory = tmp_path_factory.mktemp(request.param)
-    checkpoint_dir = write_tiny_checkpoint(directory / "model", request.param)
+@contextlib.contextmanager
+def started_run(family: str, directory: Path) -> Iterator[Run]:
+    """Start the family's groups side by side and let each play."""
+    checkpoint_dir = write_tiny_checkpoint(directory / "model", family)
     rollouts = make_rollouts(checkpoint_dir)
-    groups = {
-        name: TrainerGroup(directory / name, checkpoint_dir, *SIZES[name])
-        for name in FAMILIES[request.param]
-    }
-    try:
+    with contextlib.ExitStack() as stack:
+        groups = {}
+        for name in FAMILIES[family]:
+            groups[name] = TrainerGroup(directory / name, checkpoint_dir, *SIZES[name])
+            stack.callback(groups[name].close)
         naive = naive_step(checkpoint_dir, rollouts)
         played = {name: play(group, directory / name, rollouts) for name, group in groups.items()}
         yield Run(
@@ -319,9 +317,20 @@ def run(request: pytest.FixtureRequest, tmp_path_factory: Any) -> Iterator[Run]:
             groups=groups,
             played=played,
         )
-    finally:
-        for group in groups.values():
-            group.close()
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: Any) -> Iterator[Callable[[str], Run]]:
+    """A family's run, started when a test first asks for it."""
+    with contextlib.ExitStack() as stack:
+        yield functools.cache(
+            lambda family: stack.enter_context(started_run(family, tmp_path_factory.mktemp(family)))
+        )
+
+
+@pytest.fixture
+def run(runs: Callable[[str], Run], family: str) -> Run:
+    return runs(family)
 
 
 def assert_same_weights(ours: dict[str, Tensor], expected: dict[str, Tensor], atol: float) -> None:
@@ -424,7 +433,7 @@ def test_checkpoints_move_between_numbers_of_processes(run: Run, size: str) -> N
     continue_from(run.groups[size], run.played["single"], run.rollouts, atol=1e-5)
 
 
-@pytest.mark.parametrize("run", ["qwen3"], indirect=True)
+@pytest.mark.parametrize("family", ["qwen3"])
 def test_a_new_process_continues_bit_for_bit(run: Run, tmp_path: Path) -> None:
     group = TrainerGroup(tmp_path / "resumed", run.checkpoint_dir, 1, 1)
     try:
