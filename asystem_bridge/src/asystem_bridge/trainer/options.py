@@ -17,7 +17,7 @@ class TrainerOptions:
         checkpoint_dir: Hugging Face checkpoint that the run starts from.
         tensor_parallel_size, data_parallel_size: their product is the number of processes; rank r
             is tensor-parallel rank r % tp of data-parallel rank r // tp.
-        learning_rate: constant (Ring-1T section 3.2.2: 2e-6).
+        learning_rate: constant (2e-6 in the Ring-1T runs).
         adam_beta1, adam_beta2, adam_eps, weight_decay: of AdamW.  The paper names AdamW only;
             these are Megatron's defaults, but no weight decay: a few thousand small steps leave
             nothing to regularise, and the engine's weights should move for rewards alone.

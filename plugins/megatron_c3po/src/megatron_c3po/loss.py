@@ -39,8 +39,8 @@ class IcePopLossOptions:
 
     Attributes:
         alpha, beta: IcePop's band (paper: 0.5 and 5.0).
-        clip_low, clip_high: PPO's epsilon on either side (DeepSeekMath's GRPO, which eq. 1 keeps:
-            0.2).  With one update per batch r = 1, so the clip only acts through its validity.
+        clip_low, clip_high: PPO's epsilon on either side (Schulman et al., 2017: 0.2).  With one
+            update per batch r = 1 and the clip never acts.
         normaliser: ``"sequence"`` is eq. 1: the mean over sequences of each one's mean over its
             tokens; ``"token"`` is the mean over all tokens of the step.  Masked tokens stay in the
             denominator of both.
