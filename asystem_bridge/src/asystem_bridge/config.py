@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import tomllib
 from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
 from typing import Any, TypeVar
 
-import tomllib
 from pydantic import TypeAdapter, ValidationError
 
 from asystem_bridge.errors import ConfigError

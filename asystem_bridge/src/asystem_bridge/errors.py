@@ -24,7 +24,7 @@ class CheckpointError(BridgeError):
 
 
 class CanaryError(BridgeError):
-    """Trainer and engine disagree on fixed tokens: the engine does not hold the trainer's weights."""
+    """Trainer and engine disagree on fixed tokens: the engine holds other weights."""
 
 
 class WorkerError(BridgeError):

@@ -31,7 +31,7 @@ from asystem_bridge.report.step_table import (
 from asystem_bridge.report.units import amount_text, figures_text, format_duration
 
 if TYPE_CHECKING:
-    from typing_extensions import Self
+    from typing import Self
 
 REFRESHES_PER_S = 4
 

@@ -17,7 +17,7 @@ from asystem_bridge.report.metrics import StepRecord
 from asystem_bridge.report.plain_lines import PlainProgress
 
 if TYPE_CHECKING:
-    from typing_extensions import Self
+    from typing import Self
 
 
 class Progress(Protocol):

@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed.checkpoint as torch_checkpoint
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.strategies.torch import (
     MCoreSavePlanner,
@@ -23,6 +22,9 @@ from megatron.core.dist_checkpointing.strategies.torch import (
     _replace_state_dict_keys_with_sharded_keys,
     mcore_to_pyt_state_dict,
 )
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.filesystem import FileSystemWriter
+from torch.distributed.checkpoint.state_dict_saver import save as save_with_torch
 
 from asystem_bridge.errors import CheckpointError
 
@@ -37,9 +39,9 @@ class InProcessSaveStrategy(TorchDistSaveShardedStrategy):
         sharded, _, _ = _replace_state_dict_keys_with_sharded_keys(
             sharded_state_dict, self.keep_only_main_replica
         )
-        torch_checkpoint.save(
+        save_with_torch(
             mcore_to_pyt_state_dict(sharded, False),
-            storage_writer=torch_checkpoint.FileSystemWriter(checkpoint_dir),
+            storage_writer=FileSystemWriter(checkpoint_dir),
             planner=MCoreSavePlanner(dedup_replicated_tensors=False, flatten_state_dict=False),
         )
 
@@ -66,7 +68,7 @@ def save_checkpoint(directory: Path, model: Any, optimizer: Any, steps: int) -> 
     state["steps"] = steps
     try:
         dist_checkpointing.save(state, str(directory), sharded_strategy=InProcessSaveStrategy())
-    except (OSError, RuntimeError, torch_checkpoint.CheckpointException) as error:
+    except (OSError, RuntimeError, CheckpointException) as error:
         raise CheckpointError(
             f"cannot write the checkpoint {directory}: {_cause(error)}"
         ) from error
@@ -93,7 +95,7 @@ def load_checkpoint(directory: Path, model: Any, optimizer: Any) -> int:
         RuntimeError,
         KeyError,
         dist_checkpointing.core.CheckpointingException,
-        torch_checkpoint.CheckpointException,
+        CheckpointException,
     ) as error:
         raise CheckpointError(f"cannot read the checkpoint {directory}: {_cause(error)}") from error
     return steps
@@ -109,7 +111,7 @@ def _sharded_state(model: Any, optimizer: Any, *, loading: bool) -> dict[str, An
 
 def _cause(error: BaseException) -> str:
     """The ranks' own errors of a collective one, which by itself only says that some failed."""
-    if isinstance(error, torch_checkpoint.CheckpointException):
+    if isinstance(error, CheckpointException):
         causes = {f"{cause[0]}" for cause in error.failures.values()}
         return f"{'; '.join(sorted(causes))} (ranks {sorted(error.failures)})"
     return f"{type(error).__name__}: {error}"
