@@ -96,7 +96,7 @@ def loop(tmp_path_factory: pytest.TempPathFactory) -> Iterator[CheckedLoop]:
 
 @pytest.fixture(scope="module")
 def records(loop: CheckedLoop) -> list[StepRecord]:
-    return loop.run(resume=False)
+    return loop.run()
 
 
 def test_greedy_tokens_equal_transformers_after_every_sync(

@@ -17,7 +17,7 @@ from asystem_bridge.controller.canary import canary_error, max_abs_difference
 from asystem_bridge.controller.rewards import score_groups
 from asystem_bridge.controller.trainer_group import rendezvous
 from asystem_bridge.errors import BridgeError, ConfigError, WorkerDiedError, WorkerError
-from asystem_bridge.runtime.worker_client import WorkerClient, call_all, call_each
+from asystem_bridge.runtime.worker_client import WorkerClient, call_all, call_each, close_all
 from asystem_bridge.tasks.base import Question
 from asystem_bridge.vllm_backend.tensor_report import Status, TensorReport
 from megatron_c3po.rollout import Rollout
@@ -109,6 +109,9 @@ class Echo:
     def fail(self) -> None:
         raise ValueError("no such thing")
 
+    def refuse(self) -> None:
+        raise BridgeError("it is full")
+
     def say_and_die(self) -> None:
         print("the last words", flush=True)
         os._exit(3)
@@ -134,8 +137,7 @@ def workers(tmp_path: Path) -> Iterator[list[WorkerClient]]:
     for worker in started:
         worker.wait_started()
     yield started
-    for worker in started:
-        worker.close()
+    close_all(started)
 
 
 def test_calls_reach_each_worker_and_errors_come_back(workers: list[WorkerClient]) -> None:
@@ -144,12 +146,14 @@ def test_calls_reach_each_worker_and_errors_come_back(workers: list[WorkerClient
     assert workers[0].call("add", 1, b=5) == 6
     with pytest.raises(WorkerError, match=r"echo 0: ValueError: no such thing\nTraceback"):
         workers[0].call("fail")
+    with pytest.raises(WorkerError, match=r"^echo 1: it is full$"):  # explained: no traceback
+        workers[1].call("refuse")
     assert workers[0].call("add", 1) == 1  # an error is not the end
 
 
 def test_a_dead_worker_is_reported_with_its_last_words(workers: list[WorkerClient]) -> None:
     with pytest.raises(WorkerDiedError, match=r"echo 0 .*exit code 3[\s\S]*the last words"):
-        call_all(workers, "say_and_die")
+        workers[0].call("say_and_die")
     os.kill(workers[1].pid, signal.SIGKILL)
     with pytest.raises(WorkerDiedError, match="echo 1"):
         workers[1].call("add", 1)

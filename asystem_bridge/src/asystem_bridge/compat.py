@@ -17,7 +17,7 @@ from asystem_bridge.errors import HostVersionError
 if TYPE_CHECKING:
     import torch
 
-SUPPORTED_VLLM = SpecifierSet(">=0.31,<0.33", prereleases=True)
+SUPPORTED_VLLM = SpecifierSet(">=0.31,<0.32", prereleases=True)
 
 
 def installed_vllm() -> tuple[str, Version]:

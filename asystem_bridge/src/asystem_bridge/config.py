@@ -7,16 +7,14 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import tomllib
 from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
 from typing import Any, TypeVar
 
-from pydantic import TypeAdapter, ValidationError
-
 from asystem_bridge.errors import ConfigError
+from asystem_bridge.option_tables import options_from_table, refuse_unknown
 from asystem_bridge.trainer.options import TrainerOptions
 from asystem_bridge.vllm_backend.options import RolloutOptions
 from megatron_c3po.config import C3POConfig
@@ -164,63 +162,28 @@ def load_config(text: str, *, origin: str, overrides: dict[str, dict[str, Any]])
         table = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
         raise ConfigError(f"{origin}: not valid TOML: {error}") from None
-    for section, values in overrides.items():
-        table.setdefault(section, {}).update(values)
+    for name, values in overrides.items():
+        table.setdefault(name, {}).update(values)
 
-    fields = {f.name: f for f in dataclasses.fields(LoopConfig)}
-    _refuse_unknown(table, set(fields), origin)
-    model = _section(ModelConfig, table, "model", origin)
+    refuse_unknown(table, [f.name for f in dataclasses.fields(LoopConfig)], origin)
+
+    def section(kind: type[T], name: str, supplied: dict[str, Any] | None = None) -> T:
+        where = f"{origin}: [{name}]"
+        return options_from_table(kind, table.get(name, {}), where=where, supplied=supplied)
+
+    model = section(ModelConfig, "model")
     checkpoint = {"checkpoint_dir": model.checkpoint}
-    given = {
-        "name": table.get("name", Path(origin).stem),
-        "model": model,
-        "task": _section(TaskConfig, table, "task", origin),
-        "c3po": _section(C3POConfig, table, "c3po", origin),
-        "trainer": _section(TrainerOptions, table, "trainer", origin, checkpoint),
-        "rollout": _section(
-            RolloutOptions, table, "rollout", origin,
-            checkpoint | {"trust_remote_code": model.trust_remote_code},
-        ),
-        "teach": _section(TeachConfig, table, "teach", origin),
-        "run": _section(RunConfig, table, "run", origin),
-    }  # fmt: skip
+    trusted = {"trust_remote_code": model.trust_remote_code}
     try:
-        return LoopConfig(**given)
+        return LoopConfig(
+            name=table.get("name", Path(origin).stem),
+            model=model,
+            task=section(TaskConfig, "task"),
+            c3po=section(C3POConfig, "c3po"),
+            trainer=section(TrainerOptions, "trainer", checkpoint),
+            rollout=section(RolloutOptions, "rollout", checkpoint | trusted),
+            teach=section(TeachConfig, "teach"),
+            run=section(RunConfig, "run"),
+        )
     except ValueError as error:
         raise ConfigError(f"{origin}: {error}") from None
-
-
-def _section(
-    kind: type[T],
-    table: dict[str, Any],
-    name: str,
-    origin: str,
-    supplied: dict[str, Any] | None = None,
-) -> T:
-    """One section as its option class; ``supplied`` are fields that the file may not set."""
-    supplied = supplied or {}
-    values = table.get(name, {})
-    if not isinstance(values, dict):
-        raise ConfigError(f"{origin}: {name} = {values!r}: must be a section [{name}]")
-    allowed = {f.name for f in dataclasses.fields(kind)} - supplied.keys()  # type: ignore[arg-type]
-    _refuse_unknown(values, allowed, f"{origin}: [{name}]")
-    try:
-        # Through JSON, since pydantic's strict mode makes a dataclass from nothing else.
-        return TypeAdapter(kind).validate_json(json.dumps({**values, **supplied}), strict=True)
-    except ValidationError as error:
-        problems = []
-        for detail in error.errors():
-            where = ".".join([name, *(str(part) for part in detail["loc"])])
-            shown = (
-                "" if detail["type"] in ("missing", "value_error") else f" = {detail['input']!r}"
-            )
-            problems.append(f"{where}{shown}: {detail['msg'].removeprefix('Value error, ')}")
-        raise ConfigError(f"{origin}: " + "; ".join(problems)) from None
-
-
-def _refuse_unknown(values: dict[str, Any], allowed: set[str], where: str) -> None:
-    unknown = sorted(values.keys() - allowed)
-    if unknown:
-        raise ConfigError(
-            f"{where}: unknown key {', '.join(unknown)}; allowed are {', '.join(sorted(allowed))}"
-        )

@@ -17,29 +17,20 @@ from typing import Any
 from asystem_bridge.config import LoopConfig
 from asystem_bridge.controller import canary
 from asystem_bridge.controller.fleet import Fleet
-from asystem_bridge.controller.rewards import RewardSummary, score_groups
+from asystem_bridge.controller.rewards import score_groups
 from asystem_bridge.controller.run_directory import RunDirectory
+from asystem_bridge.controller.step_record import NOTHING_TRAINED, step_record
 from asystem_bridge.controller.teach import FIRST_TAUGHT_QUESTION, teach
-from asystem_bridge.controller.trainer_group import TrainResult
 from asystem_bridge.errors import CheckpointError
 from asystem_bridge.report.metrics import StepRecord
 from asystem_bridge.report.progress import Progress
 from asystem_bridge.report.writers import MetricsLog
 from asystem_bridge.tasks.base import Task
 from asystem_bridge.tasks.chat_source import TaskPromptSource
-from icepop_core import merge_discrepancy, summarize_discrepancy
 from megatron_c3po.pool import C3POPool, CollectStats
 from megatron_c3po.rollout import Rollout
 
 CANARY_PROMPTS = 8
-
-NOTHING_TRAINED = TrainResult(
-    loss=math.nan,
-    grad_norm=math.nan,
-    learning_rate=math.nan,
-    trained_tokens=0,
-    discrepancy=merge_discrepancy([]),
-)
 
 
 class AsystemLoop:
@@ -81,15 +72,17 @@ class AsystemLoop:
             config.run.canary_tolerance or canary.DEFAULT_TOLERANCE[config.rollout.dtype]
         )
 
-    def run(self, *, resume: bool) -> list[StepRecord]:
+    def run(self, last_step: int | None = None) -> list[StepRecord]:
         """Run up to ``run.steps``; returns the records of all steps, earlier ones included.
+
+        Args:
+            last_step: the checkpoint to go on from, ``None`` for a new run.
 
         Raises:
             CanaryError: the engine does not hold the trainer's weights.
-            CheckpointError: nothing to resume, or a checkpoint cannot be written.
+            CheckpointError: a checkpoint cannot be written or read.
             WorkerError, WorkerDiedError: a process failed.
         """
-        last_step = self._last_checkpoint() if resume else None
         self._canary_difference = self.run_canary()
         self.progress.message(
             "engine and trainer agree on the checkpoint: "
@@ -173,71 +166,18 @@ class AsystemLoop:
                 trained = self.fleet.trainer.train(rollouts)
             self._canary_difference = self.sync(self.version + 1)
         self.run_directory.append_rollouts(self._rollout_lines(step, rollouts))
-        return self._record(step, stats, rewards, trained, rollouts)
-
-    def _record(
-        self,
-        step: int,
-        stats: CollectStats,
-        rewards: RewardSummary,
-        trained: TrainResult,
-        rollouts: list[Rollout],
-    ) -> StepRecord:
-        lengths = [len(rollout.token_ids) for rollout in rollouts]
-        discrepancy = summarize_discrepancy(trained.discrepancy)
-        return StepRecord(
+        return step_record(
             step=step,
             policy_version=self.version,
-            reward_mean=rewards.mean,
-            reward_std=rewards.std,
-            groups_trained=stats.groups_released,
-            groups_with_signal=rewards.groups_with_signal,
-            rollouts_trained=len(rollouts),
-            loss=trained.loss,
-            grad_norm=trained.grad_norm,
-            learning_rate=trained.learning_rate,
-            masked_fraction=discrepancy["masked_fraction"],
-            masked_low_fraction=discrepancy["masked_low_fraction"],
-            masked_high_fraction=discrepancy["masked_high_fraction"],
-            nonfinite_tokens=int(discrepancy["nonfinite_tokens"]),
-            ratio_min=discrepancy["ratio_min"],
-            ratio_mean=discrepancy["ratio_mean"],
-            ratio_max=discrepancy["ratio_max"],
-            logprob_diff_mean=discrepancy["logprob_diff_mean"],
-            logprob_diff_max=discrepancy["logprob_diff_max"],
-            kl_k1=discrepancy["kl_k1"],
-            kl_k3=discrepancy["kl_k3"],
-            canary_max_abs_logprob_diff=self._canary_difference,
-            canary_tolerance=self.canary_tolerance,
+            stats=stats,
             token_budget=self.config.c3po.token_budget,
-            budget_used_tokens=stats.budget_used_tokens,
-            budget_overshoot_tokens=stats.budget_overshoot_tokens,
-            generated_tokens=stats.generated_tokens,
-            trained_tokens=stats.trained_tokens,
-            resumed_tokens=stats.resumed_tokens,
-            purged_tokens=stats.purged_tokens,
-            dropped_tokens=stats.dropped_tokens,
-            reprefilled_tokens=stats.reprefilled_tokens,
-            rollouts_resumed=stats.rollouts_resumed,
-            rollouts_purged=stats.rollouts_purged,
-            groups_dropped=stats.groups_dropped,
-            groups_waiting=stats.groups_waiting,
-            pool_size=stats.pool_size,
-            decode_steps=stats.decode_steps,
-            completion_length_mean=sum(lengths) / len(lengths) if lengths else math.nan,
-            retention_histogram=stats.retention_histogram,
-            versions_per_rollout_histogram=stats.versions_per_rollout_histogram,
-            phase_s=dict(self._phase_s),
+            rollouts=rollouts,
+            rewards=rewards,
+            trained=trained,
+            canary_difference=self._canary_difference,
+            canary_tolerance=self.canary_tolerance,
+            phase_s=self._phase_s,
         )
-
-    def _last_checkpoint(self) -> int:
-        steps = self.run_directory.checkpoint_steps()
-        if not steps:
-            raise CheckpointError(
-                f"--resume: {self.run_directory.path} has no complete checkpoint; start without "
-                "--resume"
-            )
-        return steps[-1]
 
     def _restore(self, step: int) -> None:
         self.run_directory.truncate_rollouts(step)

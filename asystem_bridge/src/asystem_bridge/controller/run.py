@@ -9,16 +9,18 @@ from typing import Any
 
 from rich.console import Console
 
+from asystem_bridge.compat import require_supported_vllm
 from asystem_bridge.config import LoopConfig
 from asystem_bridge.controller.fleet import Fleet, peak_memory_bytes
 from asystem_bridge.controller.loop import AsystemLoop
 from asystem_bridge.controller.run_directory import RunDirectory
-from asystem_bridge.errors import ConfigError
+from asystem_bridge.errors import ConfigError, HostVersionError
 from asystem_bridge.models.named import checkpoint_folder
 from asystem_bridge.report.metrics import StepRecord
 from asystem_bridge.report.progress import Progress, make_progress
 from asystem_bridge.report.summary import print_summary, write_report
 from asystem_bridge.tasks.registry import build_task
+from megatron_c3po.compat import UnsupportedHostError, check_megatron_version
 
 
 def run_loop(config: LoopConfig, config_text: str, run_path: Path, *, resume: bool) -> Path:
@@ -27,11 +29,13 @@ def run_loop(config: LoopConfig, config_text: str, run_path: Path, *, resume: bo
     Raises:
         BridgeError: see the classes in ``asystem_bridge.errors``; every process has ended then.
     """
+    _check_hosts()
     run_directory = RunDirectory(run_path)
     try:
+        last_step = run_directory.resume_step(resume=resume)
         with make_progress(total_steps=config.run.steps) as progress:
             progress.message(f"run folder: {run_path}")
-            records, facts = _run(config, run_directory, progress, resume=resume)
+            records, facts = _run(config, run_directory, progress, last_step)
         if not records:
             raise ConfigError(
                 "the prompts ran out before the first step: there is nothing to report"
@@ -43,8 +47,17 @@ def run_loop(config: LoopConfig, config_text: str, run_path: Path, *, resume: bo
         run_directory.close()
 
 
+def _check_hosts() -> None:
+    """Before anything starts: are vLLM and Megatron there, in versions that were tried?"""
+    require_supported_vllm()
+    try:
+        check_megatron_version()
+    except UnsupportedHostError as error:
+        raise HostVersionError(str(error)) from None
+
+
 def _run(
-    config: LoopConfig, run_directory: RunDirectory, progress: Progress, *, resume: bool
+    config: LoopConfig, run_directory: RunDirectory, progress: Progress, last_step: int | None
 ) -> tuple[list[StepRecord], dict[str, str]]:
     task = build_task(config.task.name, config.task.options)
     with progress.phase("checkpoint of the model"):
@@ -66,7 +79,7 @@ def _run(
             tokenizer=_tokenizer(config),
             progress=progress,
         )
-        records = loop.run(resume=resume)
+        records = loop.run(last_step)
         peak_gib = peak_memory_bytes([os.getpid(), *fleet.pids]) / 2**30
     return records, facts | {"peak memory, all processes": f"at most {peak_gib:.1f} GiB"}
 

@@ -12,13 +12,13 @@ from __future__ import annotations
 
 import fcntl
 import json
-import os
 import re
 import shutil
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import IO, Any
 
+from asystem_bridge.durable_files import sync_to_disk, write_synced
 from asystem_bridge.errors import CheckpointError, ConfigError
 
 _STEP = re.compile(r"step_(\d{6})")
@@ -53,6 +53,27 @@ class RunDirectory:
         found = (_STEP.fullmatch(p.name) for p in (self.path / "checkpoints").glob("step_*"))
         return sorted(int(match[1]) for match in found if match)
 
+    def resume_step(self, *, resume: bool) -> int | None:
+        """The step to go on from, ``None`` for a new run.
+
+        Raises:
+            ConfigError: the folder holds a run and ``resume`` is false.
+            CheckpointError: there is no checkpoint to resume.
+        """
+        steps = self.checkpoint_steps()
+        if not resume:
+            if (self.path / "metrics.jsonl").exists():
+                raise ConfigError(
+                    f"{self.path} holds a run already: go on with it (--resume) or give --output "
+                    "another folder"
+                )
+            return None
+        if not steps:
+            raise CheckpointError(
+                f"--resume: {self.path} has no complete checkpoint; start without --resume"
+            )
+        return steps[-1]
+
     def checkpoint(self, step: int) -> Path:
         return self.path / "checkpoints" / f"step_{step:06d}"
 
@@ -81,7 +102,7 @@ class RunDirectory:
             if final.exists():  # the step is repeated after a resume from an earlier one
                 shutil.rmtree(final)
             partial.rename(final)
-            _sync_folder(final.parent)
+            sync_to_disk(final.parent)
         except OSError as error:
             shutil.rmtree(partial, ignore_errors=True)
             raise CheckpointError(
@@ -138,18 +159,3 @@ def choose_run_path(root: Path, name: str, *, resume: bool) -> Path:
             raise ConfigError(f"--resume: there is no run {name}-NNN in {root}; give --output")
         return root / f"{name}-{max(taken):03d}"
     return root / f"{name}-{max(taken, default=0) + 1:03d}"
-
-
-def write_synced(path: Path, text: str) -> None:
-    with path.open("w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def _sync_folder(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

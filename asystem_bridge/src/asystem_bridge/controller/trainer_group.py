@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from asystem_bridge.errors import ConfigError
-from asystem_bridge.runtime.worker_client import WorkerClient, call_all, call_each
+from asystem_bridge.runtime.worker_client import WorkerClient, call_all, call_each, close_all
 from asystem_bridge.trainer.options import TrainerOptions
 from icepop_core import merge_discrepancy
 from megatron_c3po.packing import plan_rows
@@ -127,8 +127,7 @@ class TrainerGroup:
         call_all(self.workers, "load", directory)
 
     def close(self) -> None:
-        for worker in self.workers:
-            worker.close()
+        close_all(self.workers)
 
 
 def rendezvous(run_path: Path, port: int) -> str:

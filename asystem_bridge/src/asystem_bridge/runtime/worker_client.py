@@ -52,6 +52,7 @@ class WorkerClient:
                 env={**os.environ, **environment},
             )  # fmt: skip
         self._connection = Connection(ours.detach())
+        self._asked_to_close = False
 
     @property
     def pid(self) -> int:
@@ -76,8 +77,7 @@ class WorkerClient:
         except (EOFError, ConnectionResetError):
             raise self._died() from None
         if not succeeded:
-            kind, message, trace = value
-            raise WorkerError(f"{self.name}: {kind}: {message}\n{trace}")
+            raise WorkerError(f"{self.name}: {value}")
         return value
 
     def call(self, method: str, *args: Any, **kwargs: Any) -> Any:
@@ -89,14 +89,18 @@ class WorkerClient:
         """Wait until the worker's class is made; its first answer says so."""
         self.receive()
 
-    def close(self, timeout_s: float = 10.0) -> None:
-        """End the process: kindly, then by signal to its whole session."""
-        if self._process.poll() is None:
-            try:
+    def begin_close(self) -> None:
+        """Ask the worker to end; ``close`` waits for it."""
+        if not self._asked_to_close:
+            self._asked_to_close = True
+            with contextlib.suppress(OSError):  # it has already gone
                 self._connection.send(("close", (), {}))
-                self._process.wait(timeout_s)
-            except (OSError, subprocess.TimeoutExpired):
-                self.kill()
+
+    def close(self, timeout_s: float = 10.0) -> None:
+        """Ask the worker to end, wait, then end whatever is left of its session by signal."""
+        self.begin_close()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self._process.wait(timeout_s)
         self._connection.close()
         self.kill()  # whatever the worker itself started
 
@@ -142,3 +146,11 @@ def call_each(
 def call_all(workers: Sequence[WorkerClient], method: str, *args: Any) -> list[Any]:
     """The same call on every worker of an SPMD group; see ``call_each``."""
     return call_each(workers, method, [args] * len(workers))
+
+
+def close_all(workers: Sequence[WorkerClient]) -> None:
+    """End every worker, at the same time."""
+    for worker in workers:
+        worker.begin_close()
+    for worker in workers:
+        worker.close()

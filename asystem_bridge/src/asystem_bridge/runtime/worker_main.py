@@ -15,6 +15,8 @@ import traceback
 from multiprocessing.connection import Connection
 from typing import Any
 
+from asystem_bridge.errors import BridgeError
+
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
@@ -28,7 +30,7 @@ def die_with_parent(parent_pid: int) -> None:
 
 
 def serve(connection: Connection, worker: Any) -> None:
-    """Answer ``(method, args, kwargs)`` with ``(True, result)`` or ``(False, traceback)``."""
+    """Answer ``(method, args, kwargs)`` with ``(True, result)`` or ``(False, description)``."""
     while True:
         try:
             method, args, kwargs = connection.recv()
@@ -41,8 +43,15 @@ def serve(connection: Connection, worker: Any) -> None:
         try:
             reply = (True, getattr(worker, method)(*args, **kwargs))
         except Exception as error:  # noqa: BLE001  the controller decides what an error means
-            reply = (False, (type(error).__name__, str(error), traceback.format_exc()))
+            reply = (False, describe(error))
         connection.send(reply)
+
+
+def describe(error: Exception) -> str:
+    """An error that explains itself is its message; any other comes with its traceback."""
+    if isinstance(error, BridgeError):
+        return str(error)
+    return f"{type(error).__name__}: {error}\n{traceback.format_exc()}"
 
 
 def main() -> None:
@@ -54,7 +63,7 @@ def main() -> None:
     try:
         worker = getattr(importlib.import_module(module), name)()
     except Exception as error:  # noqa: BLE001  reported to the controller, which stops
-        connection.send((False, (type(error).__name__, str(error), traceback.format_exc())))
+        connection.send((False, describe(error)))
         return
     connection.send((True, None))
     serve(connection, worker)

@@ -8,6 +8,7 @@ credit: for a right answer inside a longer text, or 0.01 for any answer at all.
 from __future__ import annotations
 
 import functools
+import warnings
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -67,8 +68,10 @@ class ReasoningGymTask:
     def __init__(self, options: ReasoningGymOptions) -> None:
         self.options = options
         try:
-            import reasoning_gym
-            from reasoning_gym.factory import DATASETS
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", SyntaxWarning)  # of its dependency cellpylib
+                import reasoning_gym
+                from reasoning_gym.factory import DATASETS
         except ImportError as error:
             raise ConfigError(
                 f"the task reasoning_gym needs the package reasoning-gym ({error}). "

@@ -7,7 +7,6 @@ temporary folder beside the target, which is renamed when it is complete.
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -19,6 +18,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from asystem_bridge.durable_files import sync_to_disk
 from asystem_bridge.errors import CheckpointError, ModelError
 
 WEIGHTS_FILE = "model.safetensors"
@@ -139,10 +139,10 @@ def write_hf_checkpoint(
         _copy_small_files(source_directory, temporary)
         _write_tensors(temporary, tensors, max_file_bytes)
         for path in (*temporary.iterdir(), temporary):
-            _flush_to_disk(path)
+            sync_to_disk(path)
         temporary.chmod(0o755)  # mkdtemp makes it private
         temporary.rename(directory)
-        _flush_to_disk(directory.parent)
+        sync_to_disk(directory.parent)
     except (OSError, SafetensorError) as error:
         raise CheckpointError(
             f"{directory} could not be written: {error}. Nothing was left behind; free some space "
@@ -183,11 +183,3 @@ def _write_tensors(
     total = sum(tensor.nbytes for tensor in tensors.values())
     index = {"metadata": {"total_size": total}, "weight_map": weight_map}
     (directory / INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n")
-
-
-def _flush_to_disk(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
