@@ -195,7 +195,7 @@ def test_mixture_takes_turns_and_scores_with_the_right_task():
         ("sort", {}, "unknown task 'sort': allowed are " + ", ".join(TASK_NAMES)),
         ("digit_sort", {"digits": 3}, "unknown key digits; allowed are max_digits, min_digits"),
         ("digit_sort", {"min_digits": "3"}, "min_digits = '3': .*valid integer"),
-        ("digit_sort", {"seed": True}, "min_digits = True: .*valid integer"),
+        ("digit_sort", {"seed": True}, "seed = True: .*valid integer"),
         ("digit_sort", {"min_digits": 5, "max_digits": 4}, "min_digits = 5 with max_digits = 4"),
         ("digit_sort", {"min_digits": 0}, "min_digits = 0"),
         ("reasoning_gym", {}, "dataset is missing"),
