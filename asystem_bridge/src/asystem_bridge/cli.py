@@ -79,7 +79,13 @@ def _loop(options: argparse.Namespace) -> None:
     if options.print_config:
         print(text, end="")
         return
-    config = load_config(text, origin=origin, overrides=_overrides(options))
+    overrides = _overrides(options)
+    config = load_config(text, origin=origin, overrides=overrides)
+    text += "".join(
+        f"# from the command line: {section}.{key} = {value}\n"
+        for section, values in overrides.items()
+        for key, value in values.items()
+    )
     run_path = options.output or choose_run_path(RUNS_FOLDER, config.name, resume=options.resume)
 
     from asystem_bridge.controller.run import run_loop  # imports torch

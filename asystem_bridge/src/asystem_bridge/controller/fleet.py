@@ -59,6 +59,7 @@ class Fleet:
             cleanup.callback(self.segment.close)
             self.trainer = TrainerGroup(config.trainer, logs=logs, init_method=init_method)
             cleanup.callback(self.trainer.close)
+            cleanup.callback(_remove_rendezvous, init_method)
             self.trainer.begin_setup()
             self._engine_worker = WorkerClient(
                 WORKER_TARGET,
@@ -87,6 +88,11 @@ class Fleet:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def _remove_rendezvous(init_method: str) -> None:
+    if init_method.startswith("file://"):
+        Path(init_method.removeprefix("file://")).unlink(missing_ok=True)
 
 
 def peak_memory_bytes(pids: Iterable[int]) -> int:

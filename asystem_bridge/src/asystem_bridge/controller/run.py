@@ -14,6 +14,7 @@ from asystem_bridge.config import LoopConfig
 from asystem_bridge.controller.fleet import Fleet, peak_memory_bytes
 from asystem_bridge.controller.loop import AsystemLoop
 from asystem_bridge.controller.run_directory import RunDirectory
+from asystem_bridge.durable_files import write_synced
 from asystem_bridge.errors import ConfigError, HostVersionError
 from asystem_bridge.models.named import checkpoint_folder
 from asystem_bridge.report.metrics import StepRecord
@@ -33,6 +34,7 @@ def run_loop(config: LoopConfig, config_text: str, run_path: Path, *, resume: bo
     run_directory = RunDirectory(run_path)
     try:
         last_step = run_directory.resume_step(resume=resume)
+        write_synced(run_path / "config.toml", config_text)
         with make_progress(total_steps=config.run.steps) as progress:
             progress.message(f"run folder: {run_path}")
             records, facts = _run(config, run_directory, progress, last_step)
