@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
 import signal
@@ -17,7 +18,7 @@ from asystem_bridge.controller.canary import canary_error, max_abs_difference
 from asystem_bridge.controller.rewards import score_groups
 from asystem_bridge.controller.trainer_group import rendezvous
 from asystem_bridge.errors import BridgeError, ConfigError, WorkerDiedError, WorkerError
-from asystem_bridge.runtime.worker_client import WorkerClient, call_all, call_each, close_all
+from asystem_bridge.runtime.worker_client import WorkerClient, call_all, call_each
 from asystem_bridge.tasks.base import Question
 from asystem_bridge.vllm_backend.tensor_report import Status, TensorReport
 from megatron_c3po.rollout import Rollout
@@ -125,19 +126,20 @@ class Echo:
 
 @pytest.fixture
 def workers(tmp_path: Path) -> Iterator[list[WorkerClient]]:
-    started = [
-        WorkerClient(
-            "test_controller_parts:Echo",
-            name=f"echo {i}",
-            log_path=tmp_path / f"{i}.log",
-            environment={"PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), *sys.path])},
-        )
-        for i in range(2)
-    ]
-    for worker in started:
-        worker.wait_started()
-    yield started
-    close_all(started)
+    with contextlib.ExitStack() as stack:
+        started = [stack.enter_context(start(i, tmp_path)) for i in range(2)]
+        for worker in started:
+            worker.wait_started()
+        yield started
+
+
+def start(number: int, folder: Path) -> WorkerClient:
+    return WorkerClient(
+        "test_controller_parts:Echo",
+        name=f"echo {number}",
+        log_path=folder / f"{number}.log",
+        environment={"PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), *sys.path])},
+    )
 
 
 def test_calls_reach_each_worker_and_errors_come_back(workers: list[WorkerClient]) -> None:

@@ -191,3 +191,18 @@ def test_split_size_fix_is_still_needed(version: str) -> None:
         assert not torch.is_tensor(fixed)
         assert fixed.tolist() == [1, 2]
         assert token_dispatcher.maybe_move_tensor_to_cpu(None, as_numpy=True) is None
+
+
+def test_checkpoint_writer_parts(version: str) -> None:
+    """The trainer's checkpoint writes without helper processes from these; two are not public."""
+    from megatron.core.dist_checkpointing.strategies import torch as strategies
+
+    check_parameters(
+        strategies._replace_state_dict_keys_with_sharded_keys,
+        {"sharded_state_dict", "keep_only_main_replica"},
+        version,
+    )
+    check_parameters(strategies.mcore_to_pyt_state_dict, {"state_dict", "is_loading"}, version)
+    check_parameters(strategies.MCoreSavePlanner.__init__, {"dedup_replicated_tensors"}, version)
+    writer = strategies.TorchDistSaveShardedStrategy("torch_dist", 1)
+    assert hasattr(writer, "keep_only_main_replica"), version

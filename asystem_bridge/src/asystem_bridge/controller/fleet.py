@@ -1,7 +1,7 @@
 """The processes of one run and the memory they share.
 
 Trainer ranks and the rollout engine start side by side; the weight segment lies between them.
-Whatever happens afterwards, ``close`` leaves no process and no segment behind.
+Leaving the ``with`` block leaves no process and no segment behind, whatever happened inside.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from contextlib import ExitStack
 from pathlib import Path
+from types import TracebackType
 from typing import Any
 
 import torch
@@ -57,17 +58,19 @@ class Fleet:
                 segment_layout(architecture, getattr(torch, config.rollout.dtype))
             )
             cleanup.callback(self.segment.close)
-            self.trainer = TrainerGroup(config.trainer, logs=logs, init_method=init_method)
-            cleanup.callback(self.trainer.close)
             cleanup.callback(_remove_rendezvous, init_method)
-            self.trainer.begin_setup()
-            self._engine_worker = WorkerClient(
-                WORKER_TARGET,
-                name="rollout engine",
-                log_path=logs / "engine.log",
-                environment=vllm_environment(config.run.engine_threads),
+            self.trainer = cleanup.enter_context(
+                TrainerGroup(config.trainer, logs=logs, init_method=init_method)
             )
-            cleanup.callback(self._engine_worker.close)
+            self.trainer.begin_setup()
+            self._engine_worker = cleanup.enter_context(
+                WorkerClient(
+                    WORKER_TARGET,
+                    name="rollout engine",
+                    log_path=logs / "engine.log",
+                    environment=vllm_environment(config.run.engine_threads),
+                )
+            )
             self._engine_worker.wait_started()
             self.engine = VllmProcessEngine(self._engine_worker)
             self.engine_facts = self.engine.setup(config.rollout)
@@ -80,14 +83,16 @@ class Fleet:
     def pids(self) -> list[int]:
         return [worker.pid for worker in (*self.trainer.workers, self._engine_worker)]
 
-    def close(self) -> None:
-        self._cleanup.close()
-
     def __enter__(self) -> Fleet:
         return self
 
-    def __exit__(self, *_: object) -> None:
-        self.close()
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._cleanup.__exit__(kind, error, trace)
 
 
 def _remove_rendezvous(init_method: str) -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from asystem_bridge.errors import ConfigError
-from asystem_bridge.runtime.worker_client import WorkerClient, call_all, call_each, close_all
+from asystem_bridge.runtime.worker_client import WorkerClient, call_all, call_each
 from asystem_bridge.trainer.options import TrainerOptions
 from icepop_core import merge_discrepancy
 from megatron_c3po.packing import plan_rows
@@ -126,8 +126,16 @@ class TrainerGroup:
     def load(self, directory: Path) -> None:
         call_all(self.workers, "load", directory)
 
-    def close(self) -> None:
-        close_all(self.workers)
+    def __enter__(self) -> TrainerGroup:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
+        """End every rank, at the same time; see ``WorkerClient.__exit__``."""
+        if kind is None:
+            for worker in self.workers:
+                worker.begin_close()
+        for worker in self.workers:
+            worker.__exit__(kind, *error)
 
 
 def rendezvous(run_path: Path, port: int) -> str:

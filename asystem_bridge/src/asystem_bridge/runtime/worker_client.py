@@ -104,6 +104,16 @@ class WorkerClient:
         self._connection.close()
         self.kill()  # whatever the worker itself started
 
+    def __enter__(self) -> WorkerClient:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        """Close it; at once when an error is on its way, since the worker may never answer."""
+        if kind is None:
+            self.close()
+        else:
+            self.kill()
+
     def kill(self) -> None:
         with contextlib.suppress(ProcessLookupError):  # it has already gone
             os.killpg(self._process.pid, signal.SIGKILL)
@@ -146,11 +156,3 @@ def call_each(
 def call_all(workers: Sequence[WorkerClient], method: str, *args: Any) -> list[Any]:
     """The same call on every worker of an SPMD group; see ``call_each``."""
     return call_each(workers, method, [args] * len(workers))
-
-
-def close_all(workers: Sequence[WorkerClient]) -> None:
-    """End every worker, at the same time."""
-    for worker in workers:
-        worker.begin_close()
-    for worker in workers:
-        worker.close()
