@@ -9,111 +9,26 @@ from __future__ import annotations
 import contextlib
 import functools
 import itertools
-import json
 import math
 import resource
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from bailing_reference import bailing_logits
+from naive_trainer import CLIP_GRAD, Naive, naive_logits, naive_logprobs, naive_step
 from safetensors.torch import load_file
 from tiny_checkpoints import write_tiny_checkpoint
 from torch import Tensor
+from trainer_processes import TrainerGroup
 
 from asystem_bridge.errors import WorkerError
-from asystem_bridge.runtime.worker_client import WorkerClient, call_all, call_each
-from asystem_bridge.trainer.options import TrainerOptions
-from asystem_bridge.weights.architecture import Architecture
-from asystem_bridge.weights.layout import hf_tensor_shapes
-from asystem_bridge.weights.segment import SegmentLayout, WeightSegment
-from megatron_c3po.packing import plan_rows
+from asystem_bridge.runtime.worker_client import call_all
 from megatron_c3po.rollout import Rollout
 
 pytestmark = pytest.mark.megatron
-
-ROW_TOKENS = 48
-# AdamW's first update is g / (|g| + eps): a large eps keeps it a smooth function of the gradient,
-# so that rounding in tiny gradients does not decide about whole steps.
-ADAM_EPS = 1e-2
-LEARNING_RATE = 1e-2
-CLIP_GRAD = 0.05
-OPTIONS = {
-    "learning_rate": LEARNING_RATE,
-    "adam_eps": ADAM_EPS,
-    "clip_grad": CLIP_GRAD,
-    "row_tokens": ROW_TOKENS,
-    "distributed_timeout_s": 60.0,
-}
-WORKER_ENVIRONMENT = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-
-
-class TrainerGroup:
-    """The trainer processes of one test run and a segment for their weights."""
-
-    def __init__(self, directory: Path, checkpoint_dir: Path, tp: int, dp: int) -> None:
-        directory.mkdir()
-        self.dp, self.tp = dp, tp
-        self.options = TrainerOptions(
-            checkpoint_dir=checkpoint_dir,
-            tensor_parallel_size=tp,
-            data_parallel_size=dp,
-            **OPTIONS,
-        )
-        self.workers = [
-            WorkerClient(
-                "asystem_bridge.trainer.worker:MegatronTrainer",
-                name=f"trainer {rank}",
-                log_path=directory / f"trainer{rank}.log",
-                environment=WORKER_ENVIRONMENT,
-            )
-            for rank in range(self.options.world_size)
-        ]
-        self.segment: WeightSegment | None = None
-        self._rendezvous = f"file://{directory}/rendezvous"
-
-    def setup(self) -> list[dict[str, Any]]:
-        """Wait for the processes, which start while others are at work, and set them up."""
-        for worker in self.workers:
-            worker.wait_started()
-        return call_each(
-            self.workers,
-            "setup",
-            [(self.options, rank, self._rendezvous) for rank in range(len(self.workers))],
-        )
-
-    def train(self, rollouts: Sequence[Rollout], *mode: Any) -> list[dict[str, Any]]:
-        lengths = [rollout.total_tokens for rollout in rollouts]
-        plan = plan_rows(lengths, row_tokens=ROW_TOKENS, dp_size=self.dp)
-        rows = [[[rollouts[i] for i in row] for row in rank] for rank in plan]
-        return call_each(
-            self.workers,
-            "train",
-            [(rows[rank // self.tp], *mode) for rank in range(len(self.workers))],
-        )
-
-    def published(self, dtype: torch.dtype = torch.float32) -> tuple[dict[str, Tensor], int]:
-        """The weights as an engine would read them, and the bytes that were written."""
-        architecture = Architecture.from_checkpoint(self.options.checkpoint_dir)
-        if self.segment is None or self.segment.layout.entries[0].dtype_name not in str(dtype):
-            shapes = hf_tensor_shapes(architecture)
-            layout = SegmentLayout.from_tensors({n: (s, dtype) for n, s in shapes.items()})
-            if self.segment is not None:
-                self.segment.close()
-            self.segment = WeightSegment.create(layout)
-            call_all(self.workers, "attach_segment", self.segment.path, layout.to_state())
-        written = sum(result["bytes"] for result in call_all(self.workers, "publish"))
-        return {name: view.clone() for name, view in self.segment.views.items()}, written
-
-    def kill(self) -> None:
-        """At once: a kind end costs each process a second or two of tidying up."""
-        for worker in self.workers:
-            worker.kill()
-        if self.segment is not None:
-            self.segment.close()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -166,79 +81,6 @@ def play(group: TrainerGroup, directory: Path, rollouts: list[Rollout]) -> Playe
         after_second=after_second,
         again=again,
         after_again=after_again,
-    )
-
-
-# --- the naive model ------------------------------------------------------------------------------
-
-
-def naive_logits(checkpoint_dir: Path) -> tuple[dict[str, Tensor], Callable[[Tensor], Tensor]]:
-    """float64 weights under their HF names, and a differentiable model [B, T] -> [B, T, V]."""
-    stored = load_file(checkpoint_dir / "model.safetensors")
-    weights = {name: tensor.double().requires_grad_() for name, tensor in stored.items()}
-    config = json.loads((checkpoint_dir / "config.json").read_text())
-    if config["architectures"] == ["BailingMoeV2ForCausalLM"]:
-        return weights, lambda ids: bailing_logits(weights, config, ids)
-    from transformers import AutoModelForCausalLM
-
-    model = AutoModelForCausalLM.from_pretrained(checkpoint_dir, dtype=torch.float64)
-
-    def logits(ids: Tensor) -> Tensor:
-        return torch.func.functional_call(model, weights, (ids,)).logits
-
-    return weights, logits
-
-
-def naive_logprobs(logits: Callable[[Tensor], Tensor], sequence: list[int]) -> Tensor:
-    """log p of tokens 1..n-1, float64."""
-    ids = torch.tensor([sequence])
-    return logits(ids)[0, :-1].log_softmax(-1).gather(-1, ids[0, 1:, None])[:, 0]
-
-
-def naive_loss(logits: Callable[[Tensor], Tensor], rollouts: list[Rollout]) -> Tensor:
-    """Eq. 1 negated, one sequence and one token at a time."""
-    loss = torch.zeros((), dtype=torch.float64)
-    for rollout in rollouts:
-        logprobs = naive_logprobs(logits, rollout.prompt_ids + rollout.token_ids)
-        sampled = logprobs[len(rollout.prompt_ids) - 1 :]
-        for logprob, infer in zip(sampled, rollout.logprobs, strict=True):
-            k = math.exp(float(logprob.detach()) - infer)
-            weight = k if 0.5 <= k <= 5.0 else 0.0
-            ratio = torch.exp(logprob - logprob.detach())
-            term = weight * ratio * rollout.advantage
-            loss = loss - term / len(rollout.token_ids) / len(rollouts)
-    return loss
-
-
-@dataclass(frozen=True, kw_only=True)
-class Naive:
-    """The naive model's first step."""
-
-    logprobs: list[Tensor]
-    loss: float
-    grad_norm: float
-    after_first: dict[str, Tensor]
-
-
-def naive_step(checkpoint_dir: Path, rollouts: list[Rollout]) -> Naive:
-    weights, logits = naive_logits(checkpoint_dir)
-    trained = {n: w for n, w in weights.items() if not n.endswith("expert_bias")}
-    logprobs = [naive_logprobs(logits, r.prompt_ids + r.token_ids).detach() for r in rollouts]
-    loss = naive_loss(logits, rollouts)
-    loss.backward()
-    # Megatron counts an expert that got no token as a gradient of zeros: AdamW sees it too.
-    for weight in trained.values():
-        if weight.grad is None:
-            weight.grad = torch.zeros_like(weight)
-    grad_norm = math.sqrt(sum(float(w.grad.pow(2).sum()) for w in trained.values()))
-    for weight in trained.values():
-        weight.grad.mul_(min(1.0, CLIP_GRAD / (grad_norm + 1e-6)))
-    torch.optim.AdamW(
-        list(trained.values()), lr=LEARNING_RATE, betas=(0.9, 0.999), eps=ADAM_EPS, weight_decay=0.0
-    ).step()
-    after_first = {name: weight.detach() for name, weight in weights.items()}
-    return Naive(
-        logprobs=logprobs, loss=float(loss.detach()), grad_norm=grad_norm, after_first=after_first
     )
 
 
@@ -414,7 +256,7 @@ def test_a_loaded_checkpoint_continues_bit_for_bit(run: Run, size: str) -> None:
         assert torch.equal(played.after_again[name], tensor), name
 
 
-def continue_from(
+def check_continues_from(
     group: TrainerGroup, checkpoint: Played, rollouts: list[Rollout], atol: float
 ) -> None:
     """Load another group's checkpoint and do its second step."""
@@ -430,8 +272,8 @@ def continue_from(
 
 @of_every_pair
 def test_checkpoints_move_between_numbers_of_processes(run: Run, size: str) -> None:
-    continue_from(run.groups["single"], run.played[size], run.rollouts, atol=1e-5)
-    continue_from(run.groups[size], run.played["single"], run.rollouts, atol=1e-5)
+    check_continues_from(run.groups["single"], run.played[size], run.rollouts, atol=1e-5)
+    check_continues_from(run.groups[size], run.played["single"], run.rollouts, atol=1e-5)
 
 
 @pytest.mark.parametrize("family", ["qwen3"])
@@ -439,7 +281,7 @@ def test_a_new_process_continues_bit_for_bit(run: Run, tmp_path: Path) -> None:
     group = TrainerGroup(tmp_path / "resumed", run.checkpoint_dir, 1, 1)
     try:
         group.setup()
-        continue_from(group, run.played["single"], run.rollouts, atol=0.0)
+        check_continues_from(group, run.played["single"], run.rollouts, atol=0.0)
         group.workers[0].close()
         assert "Traceback" not in group.workers[0].log_tail()
     finally:
@@ -495,7 +337,7 @@ def test_a_full_disk_of_one_rank_is_an_error_on_all(run: Run, tmp_path: Path) ->
         for worker in workers:
             worker.send("save", directory)
         for worker in workers:
-            with pytest.raises(WorkerError, match=r"CheckpointError: cannot write .*ranks \[1\]"):
+            with pytest.raises(WorkerError, match=r"^trainer \d: cannot write .*ranks \[1\]"):
                 worker.receive()
     finally:
         resource.prlimit(workers[1].pid, resource.RLIMIT_FSIZE, unlimited)
@@ -522,7 +364,7 @@ def test_a_damaged_checkpoint_is_refused(run: Run, tmp_path: Path, damage: str) 
             cut = len(content) // 2 if path.suffix == ".distcp" else len(content)
             (directory / path.name).write_bytes(content[:cut])
     [worker] = run.groups["single"].workers
-    with pytest.raises(WorkerError, match="CheckpointError: cannot read the checkpoint"):
+    with pytest.raises(WorkerError, match=r"^trainer 0: cannot read the checkpoint"):
         worker.call("load", directory)
 
 

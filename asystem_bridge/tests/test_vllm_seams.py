@@ -168,7 +168,7 @@ def test_plugin_does_not_import_the_engines_when_it_registers():
         "assert 'asystem_bridge.vllm_backend.receiver' not in sys.modules\n"
         "assert 'asystem_bridge.vllm_backend.sender' not in sys.modules\n"
     )
-    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
+    assert subprocess.run([sys.executable, "-c", code], timeout=120).returncode == 0
 
 
 def test_plugin_does_not_raise_when_vllm_has_no_factories(monkeypatch, caplog):
