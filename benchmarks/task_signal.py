@@ -128,7 +128,7 @@ CANDIDATES = (
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--prompts", type=int, default=8, help="groups per task")
+    parser.add_argument("--prompts", type=int, default=6, help="groups per task")
     parser.add_argument("--group-size", type=int, default=8)
     parser.add_argument("--max-new-tokens", type=int, default=48)
     parser.add_argument("--max-prompt-tokens", type=int, default=160)
