@@ -80,3 +80,16 @@ def test_run_folders_are_numbered_and_resume_takes_the_last(tmp_path: Path) -> N
         (tmp_path / name).mkdir()
     assert choose_run_path(tmp_path, "tiny", resume=False).name == "tiny-008"
     assert choose_run_path(tmp_path, "tiny", resume=True).name == "tiny-007"
+
+
+def test_what_a_start_finds_decides_how_it_may_go_on(tmp_path: Path) -> None:
+    run = RunDirectory(tmp_path / "run")
+    assert run.resume_step(resume=False) is None
+    with pytest.raises(CheckpointError, match="no complete checkpoint"):
+        run.resume_step(resume=True)
+    (run.path / "metrics.jsonl").touch()
+    with pytest.raises(ConfigError, match=r"holds a run already.*--resume.*--output"):
+        run.resume_step(resume=False)
+    write(run, 2)
+    write(run, 7)
+    assert run.resume_step(resume=True) == 7

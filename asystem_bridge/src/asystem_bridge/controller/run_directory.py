@@ -70,7 +70,8 @@ class RunDirectory:
             return None
         if not steps:
             raise CheckpointError(
-                f"--resume: {self.path} has no complete checkpoint; start without --resume"
+                f"--resume: {self.path} has no complete checkpoint: there is nothing to go on "
+                "from; start anew with --output another folder"
             )
         return steps[-1]
 
