@@ -42,6 +42,7 @@ max_retention = 1
 [trainer]
 learning_rate = 1e-2
 row_tokens = 512
+threads = 1
 {extra}
 [rollout]
 dtype = "float32"
@@ -51,6 +52,7 @@ kv_cache_gib = 0.1
 [run]
 steps = {steps}
 checkpoint_every_steps = 1
+engine_threads = 1
 """)
     return path
 

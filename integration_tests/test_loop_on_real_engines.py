@@ -50,7 +50,7 @@ class CheckedLoop(AsystemLoop):
             {name: view.clone() for name, view in self.fleet.segment.views.items()},
             source_directory=self.config.trainer.checkpoint_dir,
         )
-        prompts = [sequence[:8] for sequence in self._canary_sequences]
+        prompts = [sequence[:8] for sequence in self._canary.sequences]
         model = transformers_reference(exported)
         expected = []
         for prompt in prompts:

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from asystem_bridge.controller.canary import canary_error, max_abs_difference
+from asystem_bridge.controller.canary import Canary, canary_error
 from asystem_bridge.controller.rewards import score_groups
 from asystem_bridge.controller.trainer_group import rendezvous
 from asystem_bridge.errors import BridgeError, ConfigError, WorkerDiedError, WorkerError
@@ -70,10 +70,14 @@ def test_a_reward_that_fails_names_the_rollout(record: dict[str, Any], message: 
         score_groups([group(1, 2, **record)], LengthTask(), decode)
 
 
-def test_the_canary_compares_every_token() -> None:
-    assert max_abs_difference([[-1.0, -2.0], [-3.0]], [[-1.0, -2.5], [-3.1]]) == pytest.approx(0.5)
-    with pytest.raises(ValueError, match="canary rows"):
-        max_abs_difference([[-1.0]], [[-1.0, -2.0]])
+def test_the_canary_compares_every_token_of_the_completions() -> None:
+    canary = Canary([[5, 6], [7]], [[8, 9], [3]])
+    assert canary.sequences == [[5, 6, 8, 9], [7, 3]]
+    ours = [[-9.0, -1.0, -2.0], [-3.0]]
+    assert canary.max_abs_difference(ours, [[-1.0, -1.0, -2.5], [-3.1]]) == pytest.approx(0.5)
+    assert canary.max_abs_difference(ours, [[-1.0, -1.0, -2.0], [-3.7]]) == pytest.approx(0.7)
+    with pytest.raises(ValueError, match=r"canary rows of \[3\] tokens, expected \[3, 1\]"):
+        canary.max_abs_difference(ours, ours[:1])
 
 
 def test_the_canarys_error_lists_the_worst_tensors_first() -> None:

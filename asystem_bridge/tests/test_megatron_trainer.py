@@ -300,6 +300,23 @@ def test_supervised_steps_teach_the_answers(run: Run, size: str) -> None:
     assert all(later < earlier for earlier, later in itertools.pairwise(losses))
 
 
+@of_every_group
+def test_logprobs_of_the_weights_as_they_are_published(run: Run, size: str) -> None:
+    group = run.groups[size]
+    published, _ = group.published(torch.bfloat16)
+    sequence = [5, 60, 7, 81, 9, 33]
+    [[plain]] = call_all(group.workers, "logprobs", [sequence])[:1]
+    [[rounded]] = call_all(group.workers, "logprobs", [sequence], True)[:1]
+    weights, logits = naive_logits(run.checkpoint_dir)
+    with torch.no_grad():
+        for name, weight in weights.items():
+            weight.copy_(published[name])
+        expected = naive_logprobs(logits, sequence)
+    assert rounded == pytest.approx(expected.tolist(), abs=1e-4)
+    assert max(abs(a - b) for a, b in zip(plain, rounded, strict=True)) > 1e-3
+    assert call_all(group.workers, "logprobs", [sequence])[0] == [plain]  # put back exactly
+
+
 @of_every_family
 def test_what_cannot_be_trained_is_refused_and_moves_no_weight(run: Run) -> None:
     group = run.groups["single"]

@@ -17,7 +17,7 @@ from asystem_bridge.trainer.options import TrainerOptions
         ({"tensor_parallel_size": 0}, "tensor_parallel_size = 0"),
         ({"data_parallel_size": -1}, "data_parallel_size = -1"),
         ({"row_tokens": 0}, "row_tokens = 0"),
-        ({"threads": 0}, "threads = 0"),
+        ({"threads": -1}, "threads = -1"),
         ({"learning_rate": 0.0}, "learning_rate = 0.0"),
         ({"learning_rate": math.nan}, "learning_rate = nan"),
         ({"clip_grad": 0.0}, "clip_grad = 0.0"),

@@ -24,6 +24,7 @@ OPTIONS = {
     "adam_eps": ADAM_EPS,
     "clip_grad": CLIP_GRAD,
     "row_tokens": ROW_TOKENS,
+    "threads": 1,
     "distributed_timeout_s": 60.0,
 }
 WORKER_ENVIRONMENT = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}

@@ -87,7 +87,7 @@ class RunConfig:
     keep_checkpoints: int = 2
     canary_tolerance: float = 0.0
     rendezvous_port: int = 0
-    engine_threads: int = 1
+    engine_threads: int = 0
 
     def __post_init__(self) -> None:
         for name, least in (
@@ -96,7 +96,7 @@ class RunConfig:
             ("keep_checkpoints", 1),
             ("canary_tolerance", 0),
             ("rendezvous_port", 0),
-            ("engine_threads", 1),
+            ("engine_threads", 0),
         ):
             if getattr(self, name) < least:
                 raise ValueError(f"{name} = {getattr(self, name)}: must be at least {least}")

@@ -16,6 +16,7 @@ import torch
 
 from asystem_bridge.config import LoopConfig
 from asystem_bridge.controller.trainer_group import TrainerGroup, rendezvous
+from asystem_bridge.runtime.cpu_threads import threads_per_process
 from asystem_bridge.runtime.worker_client import WorkerClient
 from asystem_bridge.vllm_backend.client import WORKER_TARGET, VllmProcessEngine, vllm_environment
 from asystem_bridge.weights.architecture import Architecture
@@ -68,7 +69,7 @@ class Fleet:
                     WORKER_TARGET,
                     name="rollout engine",
                     log_path=logs / "engine.log",
-                    environment=vllm_environment(config.run.engine_threads),
+                    environment=vllm_environment(threads_per_process(config.run.engine_threads)),
                 )
             )
             self._engine_worker.wait_started()

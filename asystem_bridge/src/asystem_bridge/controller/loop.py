@@ -30,8 +30,6 @@ from asystem_bridge.tasks.chat_source import TaskPromptSource
 from megatron_c3po.pool import C3POPool, CollectStats
 from megatron_c3po.rollout import Rollout
 
-CANARY_PROMPTS = 8
-
 
 class AsystemLoop:
     """One run.
@@ -65,9 +63,7 @@ class AsystemLoop:
         self.version = 0
         self._phase_s: dict[str, float] = {}
         self._canary_difference = math.nan
-        canary_source = self._prompt_source()
-        prompts = [canary_source.next_prompt() for _ in range(CANARY_PROMPTS)]
-        self._canary_sequences = [list(p.token_ids) for p in prompts if p is not None]
+        self._canary = self._make_canary()
         self.canary_tolerance = (
             config.run.canary_tolerance or canary.DEFAULT_TOLERANCE[config.rollout.dtype]
         )
@@ -139,9 +135,9 @@ class AsystemLoop:
 
     def run_canary(self) -> float:
         """Raises: CanaryError, naming the tensors that differ."""
-        difference = canary.max_abs_difference(
-            self.fleet.trainer.logprobs(self._canary_sequences),
-            self.fleet.engine.prompt_logprobs(self._canary_sequences),
+        difference = self._canary.max_abs_difference(
+            self.fleet.trainer.logprobs(self._canary.sequences, as_published=True),
+            self.fleet.engine.prompt_logprobs(self._canary.sequences),
         )
         if not difference <= self.canary_tolerance:  # also a NaN
             self.fleet.trainer.publish()  # what the engine should hold, for the comparison
@@ -199,6 +195,13 @@ class AsystemLoop:
             save_trainer=self.fleet.trainer.save,
             keep=self.config.run.keep_checkpoints,
         )
+
+    def _make_canary(self) -> canary.Canary:
+        source = self._prompt_source()
+        prompts = [source.next_prompt() for _ in range(canary.PROMPTS)]
+        prompt_ids = [list(prompt.token_ids) for prompt in prompts if prompt is not None]
+        completions = self.fleet.engine.greedy(prompt_ids, canary.TOKENS)
+        return canary.Canary(prompt_ids, completions)
 
     def _prompt_source(self, start: int = 0) -> TaskPromptSource:
         return TaskPromptSource(

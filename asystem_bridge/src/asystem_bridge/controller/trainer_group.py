@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from asystem_bridge.errors import ConfigError
+from asystem_bridge.runtime.cpu_threads import threads_per_process
 from asystem_bridge.runtime.worker_client import WorkerClient, call_all, call_each
 from asystem_bridge.trainer.options import TrainerOptions
 from icepop_core import merge_discrepancy
@@ -57,7 +58,9 @@ class TrainerGroup:
                 name=f"trainer rank {rank}",
                 log_path=logs / f"trainer_{rank}.log",
                 environment={
-                    "OMP_NUM_THREADS": str(options.threads),
+                    "OMP_NUM_THREADS": str(
+                        threads_per_process(options.threads, options.world_size)
+                    ),
                     "HF_HUB_OFFLINE": "1",
                     "TOKENIZERS_PARALLELISM": "false",
                 },
@@ -105,9 +108,11 @@ class TrainerGroup:
             discrepancy=merge_discrepancy(reply["discrepancy"] for reply in per_dp_rank),
         )
 
-    def logprobs(self, sequences: list[list[int]]) -> list[list[float]]:
-        """Log-prob of tokens 1..n-1 of each sequence under the current weights."""
-        result: list[list[float]] = call_all(self.workers, "logprobs", sequences)[0]
+    def logprobs(
+        self, sequences: list[list[int]], *, as_published: bool = False
+    ) -> list[list[float]]:
+        """Log-prob of tokens 1..n-1 of each sequence; see ``MegatronTrainer.logprobs``."""
+        result: list[list[float]] = call_all(self.workers, "logprobs", sequences, as_published)[0]
         return result
 
     def attach_segment(self, path: str, layout_state: dict[str, Any]) -> None:

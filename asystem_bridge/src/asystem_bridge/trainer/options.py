@@ -26,7 +26,7 @@ class TrainerOptions:
         clip_low, clip_high, loss_normaliser: see ``megatron_c3po.loss.IcePopLossOptions``.
         row_tokens: cap on the tokens of one packed row, for the log-probs of fixed sequences; the
             rows of a training step come packed.
-        threads: torch's intra-op threads per process.
+        threads: torch's intra-op threads per process; 0 = the cores divided by the processes.
         logits_tolerance: largest allowed |logit difference| from transformers at the start.
         distributed_timeout_s: a collective that waits longer for a peer raises.
 
@@ -49,14 +49,16 @@ class TrainerOptions:
     clip_high: float = 0.2
     loss_normaliser: LossNormaliser = "sequence"
     row_tokens: int = 2048
-    threads: int = 1
+    threads: int = 0
     logits_tolerance: float = 1e-3
     distributed_timeout_s: float = 600.0
 
     def __post_init__(self) -> None:
-        for name in ("tensor_parallel_size", "data_parallel_size", "row_tokens", "threads"):
+        for name in ("tensor_parallel_size", "data_parallel_size", "row_tokens"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} = {getattr(self, name)}: must be at least 1")
+        if self.threads < 0:
+            raise ValueError(f"threads = {self.threads}: must be at least 1, or 0 for a share")
         for name in (
             "learning_rate", "adam_eps", "clip_grad", "logits_tolerance", "distributed_timeout_s",
         ):  # fmt: skip

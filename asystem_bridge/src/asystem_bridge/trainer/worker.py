@@ -12,7 +12,7 @@ import contextlib
 import datetime
 import resource
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ import torch
 from megatron.core import parallel_state
 
 from asystem_bridge.errors import BridgeError
+from asystem_bridge.runtime.cpu_threads import threads_per_process
 from asystem_bridge.trainer.checkpoint import load_checkpoint, save_checkpoint
 from asystem_bridge.trainer.model import (
     build_model,
@@ -69,7 +70,7 @@ class MegatronTrainer:
             ModelError: the model is not supported, or its logits differ from transformers' by
                 more than ``options.logits_tolerance``.
         """
-        torch.set_num_threads(options.threads)
+        torch.set_num_threads(threads_per_process(options.threads, options.world_size))
         self._options = options
         version = check_megatron_version()
         self._inside_megatron.enter_context(cpu_megatron())
@@ -150,14 +151,23 @@ class MegatronTrainer:
         self._optimizer = build_optimizer(self._model, self._options)
         self._steps = 0
 
-    def logprobs(self, sequences: Sequence[Sequence[int]]) -> list[list[float]]:
+    def logprobs(
+        self, sequences: Sequence[Sequence[int]], as_published: bool = False
+    ) -> list[list[float]]:
         """log p of the tokens 1 to n - 1 of each sequence of n >= 2 tokens.
 
-        The same sequences on every rank; every rank returns the same values.
+        Args:
+            sequences: the same on every rank; every rank returns the same values.
+            as_published: with the weights rounded as ``publish`` rounds them, so that only the
+                arithmetic differs from an engine that holds them.
 
         Raises:
             ValueError: a sequence is shorter than 2 or longer than ``row_tokens``.
+            BridgeError: ``as_published`` and no segment is attached.
         """
+        if as_published:
+            with self._weights_as_published():
+                return self.logprobs(sequences)
         results: list[list[float]] = [[] for _ in sequences]
         [rows] = plan_rows(
             [len(sequence) for sequence in sequences],
@@ -178,6 +188,29 @@ class MegatronTrainer:
                 )
                 results[index] = logprobs[own].tolist()
         return results
+
+    @contextlib.contextmanager
+    def _weights_as_published(self) -> Iterator[None]:
+        segment = self._attached_segment()
+        originals = []
+        for parameter, boxes in local_boxes(self._model.module, self._architecture):
+            tensor = parameter.detach()
+            if all(segment.views[box.hf_name].dtype == tensor.dtype for box in boxes):
+                continue
+            originals.append((tensor, tensor.clone()))
+            for box in boxes:
+                part = tensor[box.local_slices]
+                part.copy_(part.to(segment.views[box.hf_name].dtype))
+        try:
+            yield
+        finally:
+            for tensor, original in originals:
+                tensor.copy_(original)
+
+    def _attached_segment(self) -> WeightSegment:
+        if self._segment is None:
+            raise BridgeError("attach_segment() comes first: no weight segment is attached")
+        return self._segment
 
     def attach_segment(self, path: str, layout_state: Mapping[str, Any]) -> None:
         """Open the shared segment that ``publish`` writes to.
@@ -217,12 +250,11 @@ class MegatronTrainer:
         Raises:
             BridgeError: no segment is attached.
         """
-        if self._segment is None:
-            raise BridgeError("publish() before attach_segment(): there is nowhere to write to")
+        segment = self._attached_segment()
         started_s = time.perf_counter()
         written_bytes = 0
         if parallel_state.get_data_parallel_rank() == 0:
-            written_bytes = self._write_shards(self._segment)
+            written_bytes = self._write_shards(segment)
         torch.distributed.barrier()
         return {"bytes": written_bytes, "seconds": time.perf_counter() - started_s}
 
